@@ -1,0 +1,282 @@
+"""`spec` of an OnlineTrainingJob: what a user may say about a run.
+
+Every field's description is what `kubectl explain` shows; defaults and units stand in it. Pieces of a pod (env, volumes,
+tolerations, ...) stay dictionaries: the API server validates them when the pod is made, and newer fields pass through.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from otj_runtime.api.base import ApiModel, Rule
+from otj_runtime.api.training import Algorithm, check_training
+
+PodPiece = dict[str, Any]
+"""A piece of a pod in the API server's own form."""
+
+ShortText = Annotated[str, Field(min_length=1, max_length=253)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Device(StrEnum):
+    """What trainer and generator compute on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class DType(StrEnum):
+    """Floating point types of weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class ModelSpec(ApiModel):
+    """The model to train: a name that the model container fetches, or a path that a volume brings."""
+
+    name: ShortText | None = Field(
+        None,
+        description="Name on the model hub, or `builtin/tiny-copy` for the tiny model of the samples. It is fetched once into the "
+        "output volume. Give either name or path.",
+    )
+    path: PathText | None = Field(
+        None, description="Absolute path of a transformers model folder on a mounted volume. Give either name or path."
+    )
+    revision: ShortText | None = Field(None, description="Branch, tag or commit of `name` on the hub. Default: its main branch.")
+    dtype: DType = Field(DType.FLOAT32, description="Type of the trainer's master weights. Default: float32.")
+
+    rules = (
+        Rule(
+            cel="has(self.name) != has(self.path)",
+            message="give exactly one of model.name (fetched from the hub) and model.path (a folder on a mounted volume)",
+            holds=lambda m: (m.name is None) != (m.path is None),
+        ),
+        Rule(
+            cel="!has(self.path) || self.path.startsWith('/')",
+            message="model.path must be absolute: the path inside the container at which a volume mounts the model",
+            holds=lambda m: m.path is None or m.path.startswith("/"),
+        ),
+        Rule(
+            cel="!has(self.revision) || has(self.name)",
+            message="model.revision goes with model.name; a model.path has no revisions",
+            holds=lambda m: m.revision is None or m.name is not None,
+        ),
+    )
+
+
+class DatasetSpec(ApiModel):
+    """Where prompts come from: a built-in task, a dataset on the hub, or files on a mounted volume."""
+
+    task: ShortText | None = Field(
+        None, description="A built-in task: addition, copy or reverse. It brings its own reward. Give one of task, name and path."
+    )
+    name: ShortText | None = Field(None, description="Name of a dataset on the hub. Give one of task, name and path.")
+    path: PathText | None = Field(
+        None,
+        description="Absolute path on a mounted volume: a JSONL file or a folder that `datasets` can load. Give one of task, name and path.",
+    )
+    split: ShortText = Field("train", description="Split to train on. Default: train.")
+    columns: dict[str, Annotated[str, Field(max_length=253)]] = Field(
+        default_factory=dict,
+        max_length=32,
+        description="Renames columns: key is the name used here (prompt, answer, ...), value the dataset's own. Default: none renamed.",
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the built-in task, such as its length or seed. Default: none."
+    )
+
+    rules = (
+        Rule(
+            cel="(has(self.task) ? 1 : 0) + (has(self.name) ? 1 : 0) + (has(self.path) ? 1 : 0) == 1",
+            message="give exactly one of dataset.task (built in), dataset.name (on the hub) and dataset.path (on a mounted volume)",
+            holds=lambda d: sum(x is not None for x in (d.task, d.name, d.path)) == 1,
+        ),
+    )
+
+
+class RewardSpec(ApiModel):
+    """One reward function."""
+
+    function: Annotated[str, Field(min_length=3, max_length=253, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*$")] = Field(
+        description="Import path of a callable, as package.module.function. It gets prompts, completions, completion_ids and the "
+        "dataset's columns, and returns one number (or None) per completion."
+    )
+    weight: float = Field(1.0, description="Factor of this reward in the sum. Default: 1.")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments bound to the function before training. Default: none."
+    )
+
+
+class GenerationSpec(ApiModel):
+    """The generator: its share of the accelerators and vLLM's settings."""
+
+    gpus: int = Field(1, ge=1, le=1024, description="Accelerators of the job that generate; the others train. Default: 1.")
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, le=1024, description="Accelerators one copy of the model is spread over. Default: generation.gpus."
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of each accelerator's memory that vLLM takes, above 0 and at most 1. Default: 0.9."
+    )
+    max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus completion, in tokens. Default: the model's own limit.")
+    dtype: DType | None = Field(None, description="Type of the generator's weights. Default: bfloat16 on cuda, float32 on cpu.")
+    enable_prefix_caching: bool = Field(True, description="Keep the keys and values of shared prompts between requests. Default: true.")
+    extra_args: list[Annotated[str, Field(max_length=4096)]] = Field(
+        default_factory=list, max_length=64, description="Further arguments of the vLLM server, passed as they are. Default: none."
+    )
+    ready_timeout_seconds: int = Field(
+        900,
+        ge=1,
+        description="Seconds from pod start until the generator must answer; then the job fails with GeneratorNotReady. Default: 900.",
+    )
+
+    rules = (
+        Rule(
+            cel="!has(self.tensorParallelSize) || self.gpus % self.tensorParallelSize == 0",
+            message="generation.tensorParallelSize must divide generation.gpus",
+            holds=lambda g: g.tensor_parallel_size is None or g.gpus % g.tensor_parallel_size == 0,
+        ),
+    )
+
+
+class AccelerateSpec(ApiModel):
+    """How `accelerate launch` runs the training ranks."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Mixed precision of training: no, fp16 or bf16. Default: no.")
+    strategy: Literal["ddp", "fsdp2", "deepspeed-zero3"] = Field(
+        "ddp", description="How the model is spread over the training accelerators: ddp, fsdp2 or deepspeed-zero3. Default: ddp."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Further keys of accelerate's configuration file; they win over what is derived. Default: none."
+    )
+
+
+class ContainerResources(ApiModel):
+    """Compute resources of the two containers, besides the accelerators that the split gives them."""
+
+    trainer: PodPiece | None = Field(None, description="Requests and limits of the trainer container, as in a pod. Default: none.")
+    generator: PodPiece | None = Field(None, description="Requests and limits of the generator container, as in a pod. Default: none.")
+    shared_memory: Annotated[str, Field(max_length=32)] | None = Field(
+        None, description="Size limit of the /dev/shm that both containers share, such as 8Gi. Default: half the node's memory."
+    )
+
+
+class OutputSpec(ApiModel):
+    """Where checkpoints, the final model and caches go."""
+
+    claim_name: ShortText | None = Field(
+        None, description="PersistentVolumeClaim for checkpoints and caches. Default: a folder that ends with the pod."
+    )
+    path: PathText = Field("/output", description="Where the output volume is mounted in the containers. Default: /output.")
+    save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints. Default: 50.")
+
+
+class AcceleratorSpec(ApiModel):
+    """What the job counts as a GPU."""
+
+    device: Device = Field(Device.CUDA, description="Device to compute on: cuda or cpu; it is never guessed. Default: cuda.")
+    resource_name: ShortText | None = Field(
+        None, description="Extended resource each GPU requests. Default: nvidia.com/gpu on cuda, none on cpu."
+    )
+
+
+class OnlineTrainingJobSpec(ApiModel):
+    """Desired state: one training run that generates with vLLM on some accelerators and trains on the others."""
+
+    algorithm: Algorithm = Field(description="Training method: GRPO or OnlineDPO.")
+    model: ModelSpec = Field(description="The model to train.")
+    dataset: DatasetSpec = Field(description="The prompts to train on.")
+    rewards: list[RewardSpec] = Field(
+        default_factory=list,
+        max_length=32,
+        description="Reward functions; their weighted sum is the reward. Default: the reward of dataset.task.",
+    )
+    gpus: int = Field(
+        le=1024,
+        description="Accelerators of the job, at least 2: generation.gpus of them generate (default 1), the others train.",
+    )
+    nodes: int = Field(1, ge=1, le=1, description="Pods of the job, each with `gpus` accelerators. This version runs one. Default: 1.")
+    generation: GenerationSpec = Field(default_factory=GenerationSpec, description="The generator and its share of the accelerators.")
+    training: dict[str, Any] = Field(default_factory=dict, description="Arguments of GRPOConfig or OnlineDPOConfig by their Python names.")
+    accelerate: AccelerateSpec = Field(default_factory=AccelerateSpec, description="How accelerate launches the training ranks.")
+    image: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="Runtime image of both containers. Default: the one the operator is configured with."
+    )
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        None, description="When the image is pulled: Always, IfNotPresent or Never. Default: the kubelet's rule."
+    )
+    resources: ContainerResources = Field(default_factory=ContainerResources, description="CPU and memory of the containers.")
+    env: list[PodPiece] = Field(
+        default_factory=list, max_length=256, description="Environment of both containers, as in a pod. Default: none."
+    )
+    volumes: list[PodPiece] = Field(default_factory=list, max_length=64, description="Further volumes of the pod. Default: none.")
+    volume_mounts: list[PodPiece] = Field(
+        default_factory=list, max_length=64, description="Mounts of `volumes` in every container of the pod. Default: none."
+    )
+    node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
+        default_factory=dict, max_length=64, description="Labels a node must have. Default: none."
+    )
+    tolerations: list[PodPiece] = Field(default_factory=list, max_length=64, description="Taints the pod tolerates. Default: none.")
+    affinity: PodPiece | None = Field(None, description="Scheduling affinity of the pod. Default: none.")
+    priority_class_name: ShortText | None = Field(None, description="Priority class of the pod. Default: the cluster's default.")
+    service_account_name: ShortText | None = Field(
+        None, description="Service account of the pod; its token is never mounted. Default: the namespace's default account."
+    )
+    output: OutputSpec = Field(default_factory=OutputSpec, description="Checkpoints, the final model and caches.")
+    accelerator: AcceleratorSpec = Field(default_factory=AcceleratorSpec, description="What the job counts as a GPU.")
+    suspend: bool = Field(False, description="Create the Job suspended: no pod runs until the Job is resumed. Default: false.")
+    backoff_limit: int = Field(
+        3, ge=0, le=1000, description="Pod failures that are retried; errors of the user's input never are. Default: 3."
+    )
+    active_deadline_seconds: int | None = Field(
+        None, ge=1, description="Seconds the job may run in all before it fails. Default: no limit."
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        None, ge=0, description="Seconds after which a finished Job and its pod are removed. Default: they are kept."
+    )
+
+    rules = (
+        Rule(
+            cel="self.gpus >= 2",
+            message="gpus: needs at least 2: one generates, the others train",
+            holds=lambda s: s.gpus >= 2,
+        ),
+        Rule(
+            cel="!has(self.generation) || !has(self.generation.gpus) || self.gpus < 2 || self.generation.gpus < self.gpus",
+            message="generation.gpus must leave at least one of gpus to train",
+            holds=lambda s: s.gpus < 2 or s.generation.gpus < s.gpus,
+        ),
+        Rule(
+            cel="has(self.dataset.task) || (has(self.rewards) && self.rewards.size() > 0)",
+            message="rewards: give at least one, unless dataset.task is a built-in task, which brings its own",
+            holds=lambda s: s.dataset.task is not None or len(s.rewards) > 0,
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_training(self) -> OnlineTrainingJobSpec:
+        check_training(algorithm=self.algorithm, arguments=self.training, ranks=self.training_ranks)
+        return self
+
+    @property
+    def training_ranks(self) -> int:
+        """Accelerators (and processes) that train."""
+        return self.gpus - self.generation.gpus
+
+    @property
+    def generator_dtype(self) -> DType:
+        """Type of the generator's weights, the default resolved."""
+        if self.generation.dtype is not None:
+            return self.generation.dtype
+        return DType.BFLOAT16 if self.accelerator.device is Device.CUDA else DType.FLOAT32
+
+    @property
+    def accelerator_resource(self) -> str | None:
+        """Extended resource that each GPU requests, the default resolved; None requests nothing."""
+        if self.accelerator.resource_name is not None:
+            return self.accelerator.resource_name
+        return "nvidia.com/gpu" if self.accelerator.device is Device.CUDA else None

@@ -1,0 +1,129 @@
+"""`spec.training`: the arguments of GRPOConfig and OnlineDPOConfig, checked without importing torch.
+
+The names, types and defaults live in `training_arguments.json`, written from the configuration classes by
+`python -m otj_runtime.train.arguments` and held equal to them by a test. So a misspelt argument is refused by the API server and
+by `otj run` within a second, before any pod exists.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+from functools import cache
+from importlib import resources
+from typing import Any
+
+
+class Algorithm(StrEnum):
+    """Training methods."""
+
+    GRPO = "GRPO"
+    ONLINE_DPO = "OnlineDPO"
+
+
+RESERVED = {
+    "output_dir": "spec.output.path",
+    "save_steps": "spec.output.saveSteps",
+    "resume_from_checkpoint": "nothing: the newest complete checkpoint is used",
+    "use_cpu": "spec.accelerator.device",
+    "bf16": "spec.accelerate.mixedPrecision",
+    "fp16": "spec.accelerate.mixedPrecision",
+    "use_vllm": "spec.generation",
+    "vllm_device": "spec.generation.gpus",
+    "vllm_gpu_memory_utilization": "spec.generation.gpuMemoryUtilization",
+    "vllm_dtype": "spec.generation.dtype",
+    "vllm_max_model_len": "spec.generation.maxModelLen",
+    "vllm_enable_prefix_caching": "spec.generation.enablePrefixCaching",
+    "reward_weights": "spec.rewards[].weight",
+    "model_init_kwargs": "spec.model",
+}
+"""Arguments that the job itself decides, and the field that says so."""
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "string": (str,),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One training argument: the JSON types it may have, and its default under each algorithm that takes it."""
+
+    types: tuple[str, ...]
+    defaults: dict[Algorithm, Any]
+    description: str
+
+    def accepts(self, value: Any) -> bool:
+        """Whether `value` has one of the JSON types. A boolean is no number, though Python says so."""
+        if value is None:
+            return True
+        if isinstance(value, bool):
+            return "boolean" in self.types
+        return any(isinstance(value, _JSON_TYPES[name]) for name in self.types)
+
+
+@cache
+def training_arguments() -> dict[str, Argument]:
+    """Every argument that `spec.training` may carry, by name."""
+    table = json.loads(resources.files(__package__).joinpath("training_arguments.json").read_text())
+    return {
+        name: Argument(
+            types=tuple(row["types"]),
+            defaults={Algorithm(name): value for name, value in row["defaults"].items()},
+            description=row["description"],
+        )
+        for name, row in table.items()
+        if name not in RESERVED
+    }
+
+
+def argument_value(name: str, *, algorithm: Algorithm, arguments: dict[str, Any]) -> Any:
+    """The value of the argument `name`: the one given, else its default."""
+    given = arguments.get(name)
+    return training_arguments()[name].defaults[algorithm] if given is None else given
+
+
+def completions_per_rank(*, algorithm: Algorithm, arguments: dict[str, Any]) -> int:
+    """Completions one training rank asks for at a time: the micro-batch times the micro-batches that share one generation."""
+    micro_batch, accumulation, shared = (
+        argument_value(name, algorithm=algorithm, arguments=arguments)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    )
+    return int(micro_batch) * int(shared or accumulation)
+
+
+def check_training(*, algorithm: Algorithm, arguments: dict[str, Any], ranks: int) -> None:
+    """Raise ValueError that names the first argument that is unknown, reserved, mistyped, or does not fit the others."""
+    known = training_arguments()
+    for name, value in arguments.items():
+        if name in RESERVED:
+            raise ValueError(f"training.{name}: is decided by the job; set {RESERVED[name]} instead")
+        argument = known.get(name)
+        if argument is None or algorithm not in argument.defaults:
+            names = [n for n, a in known.items() if algorithm in a.defaults]
+            close = get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"training.{name}: unknown argument of {algorithm}Config{hint}")
+        if not argument.accepts(value):
+            raise ValueError(f"training.{name}: {value!r} is no {' or '.join(argument.types)}")
+    _check_groups(algorithm=algorithm, arguments=arguments, ranks=ranks)
+
+
+def _check_groups(*, algorithm: Algorithm, arguments: dict[str, Any], ranks: int) -> None:
+    per_rank = completions_per_rank(algorithm=algorithm, arguments=arguments)
+    group = argument_value("num_generations", algorithm=algorithm, arguments=arguments)
+    if group < 2:
+        raise ValueError(
+            f"training.num_generations: {group} is too few: a completion is judged against others of its prompt; use at least 2"
+        )
+    if per_rank % group:
+        raise ValueError(
+            f"training.num_generations: {group} does not divide the {per_rank} completions of a rank (per_device_train_batch_size x "
+            f"steps_per_generation, which defaults to gradient_accumulation_steps; there are {ranks} ranks): make it a divisor, or the batch a multiple"
+        )

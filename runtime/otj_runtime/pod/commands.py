@@ -1,0 +1,82 @@
+"""Command lines and environments of the three containers: pure functions of the job and of where things lie.
+
+The generator is vLLM's own server: no wrapper, so that `kubectl describe` shows the truth and every flag can be looked up.
+"""
+
+from __future__ import annotations
+
+from otj_runtime.api import Device, OnlineTrainingJob
+from otj_runtime.pod.config import CONFIG_ENV, PodConfig
+from otj_runtime.pod.names import SERVED_MODEL, STATUS_ROUTE
+
+PYTHON = "python"
+
+WEIGHT_TRANSFER = '{"backend": "otj_mailbox"}'
+
+
+def model_command() -> list[str]:
+    """The model container: makes sure that the model's folder is there, or says why not."""
+    return [PYTHON, "-m", "otj_runtime.data.model"]
+
+
+def trainer_command() -> list[str]:
+    """The trainer container's first process."""
+    return [PYTHON, "-m", "otj_runtime.launch"]
+
+
+def generator_command(job: OnlineTrainingJob, config: PodConfig) -> list[str]:
+    """vLLM's server. It starts with dummy weights, because the first sync brings all of them."""
+    generation = job.spec.generation
+    host, port = config.generator_url.removeprefix("http://").rsplit(":", 1)
+    command = [
+        *(PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", config.model_path, "--served-model-name", SERVED_MODEL, "--load-format", "dummy"),
+        *("--host", host, "--port", port),
+        *("--dtype", config.generator_dtype, "--tensor-parallel-size", str(generation.tensor_parallel_size or generation.gpus)),
+        *("--weight-transfer-config", WEIGHT_TRANSFER),
+        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"),
+        "--enable-prefix-caching" if generation.enable_prefix_caching else "--no-enable-prefix-caching",
+    ]
+    if generation.max_model_len is not None:
+        command += ["--max-model-len", str(generation.max_model_len)]
+    if config.device is Device.CUDA:
+        command += ["--gpu-memory-utilization", str(generation.gpu_memory_utilization)]
+    else:
+        # Compiling for a CPU takes longer than short runs win by it.
+        command += ["--enforce-eager"]
+    return command + generation.extra_args
+
+
+def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:
+    """What every container gets. Homes and caches lie on volumes, because the root file system is read-only."""
+    cache = f"{config.output}/.cache"
+    return {
+        CONFIG_ENV: config.model_dump_json(by_alias=True, exclude_none=True),
+        "HOME": scratch,
+        "USER": "otj",  # torch asks for a name, and the image's passwd need not know the user id
+        "HF_HOME": f"{cache}/huggingface",
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+        "TRITON_CACHE_DIR": f"{cache}/triton",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def generator_environment(config: PodConfig) -> dict[str, str]:
+    """What only the generator gets. Development mode opens the weight routes; they listen on loopback only."""
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CACHE_ROOT": f"{config.output}/.cache/vllm",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if config.device is Device.CPU:
+        # The default keeps a core idle; a generator and a trainer that take turns on few cores need all of them.
+        environment |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return environment
+
+
+def trainer_environment(config: PodConfig) -> dict[str, str]:
+    """What only the trainer gets: the Kubeflow progress contract, which transformers' own reporter speaks too."""
+    return {
+        "KUBEFLOW_TRAINER_SERVER_URL": f"http://127.0.0.1:{config.progress_port}{STATUS_ROUTE}",
+        "KUBEFLOW_TRAINER_SERVER_TOKEN": f"{config.run_directory}/token",
+    }

@@ -1,0 +1,116 @@
+"""PodConfig: the spec of a job, every default resolved, as the containers read it from the environment variable OTJ_CONFIG.
+
+The operator (or `otj run`) makes it once with `resolve`; no container looks at the spec again, so two containers cannot resolve a
+default differently. Secrets stay out: a user's `env` goes to the container directly.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from otj_runtime.api import Algorithm, ApiModel, Device, DType, OnlineTrainingJob
+from otj_runtime.api.spec import AccelerateSpec, DatasetSpec, RewardSpec
+from otj_runtime.pod.errors import InvalidSpec
+
+CONFIG_ENV = "OTJ_CONFIG"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where things are inside a pod. `otj run` uses folders and free ports of the machine instead."""
+
+    shared_memory: str = "/dev/shm"
+    scratch: str = "/tmp"
+    generator_port: int = 8000
+    progress_port: int = 8081
+    rendezvous_port: int = 29500
+    host: str = "127.0.0.1"
+    progress_host: str = "0.0.0.0"
+    termination_log: str = "/dev/termination-log"
+
+
+class PodConfig(ApiModel):
+    """What the launcher, the training ranks and the generator need to know of the job."""
+
+    name: str
+    namespace: str
+    algorithm: Algorithm
+    model_path: str = Field(description="Folder of the model; the model container fills it when the job names a model.")
+    model_name: str | None = None
+    model_revision: str | None = None
+    model_dtype: DType
+    dataset: DatasetSpec
+    rewards: list[RewardSpec]
+    training: dict[str, Any]
+    accelerate: AccelerateSpec
+    device: Device
+    training_ranks: int
+    generator_gpus: int
+    generator_dtype: DType
+    generator_url: str
+    generator_ready_timeout_seconds: int
+    mailbox: str = Field(description="Folder of the weights mailbox, in memory that both containers share.")
+    output: str = Field(description="Folder of checkpoints, the final model and caches.")
+    save_steps: int
+    run_directory: str = Field(description="Scratch folder of this pod: failure notes, the launcher's token, generated configuration.")
+    progress_host: str
+    progress_port: int
+    rendezvous_port: int
+    termination_log: str
+
+    @classmethod
+    def from_environment(cls) -> PodConfig:
+        """The configuration in OTJ_CONFIG.
+
+        Raises:
+            InvalidSpec: if the variable is missing or no valid configuration.
+        """
+        text = os.environ.get(CONFIG_ENV)
+        if text is None:
+            raise InvalidSpec(f"{CONFIG_ENV} is not set: start this through the operator or `otj run`")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise InvalidSpec(f"{CONFIG_ENV} is no valid configuration: {error}") from error
+
+
+def resolve(job: OnlineTrainingJob, layout: Layout = Layout(), *, output: str | None = None) -> PodConfig:
+    """The configuration of `job` in a pod laid out as `layout`; `output` replaces the mount path of the output volume."""
+    spec = job.spec
+    output = output or spec.output.path
+    return PodConfig(
+        name=job.metadata.name,
+        namespace=job.metadata.namespace,
+        algorithm=spec.algorithm,
+        model_path=spec.model.path or f"{output}/.cache/models/{_folder(spec.model.name, spec.model.revision)}",
+        model_name=spec.model.name,
+        model_revision=spec.model.revision,
+        model_dtype=spec.model.dtype,
+        dataset=spec.dataset,
+        rewards=spec.rewards,
+        training=spec.training,
+        accelerate=spec.accelerate,
+        device=spec.accelerator.device,
+        training_ranks=spec.training_ranks,
+        generator_gpus=spec.generation.gpus,
+        generator_dtype=spec.generator_dtype,
+        generator_url=f"http://{layout.host}:{layout.generator_port}",
+        generator_ready_timeout_seconds=spec.generation.ready_timeout_seconds,
+        mailbox=f"{layout.shared_memory}/otj",
+        output=output,
+        save_steps=spec.output.save_steps,
+        run_directory=f"{layout.scratch}/otj",
+        progress_host=layout.progress_host,
+        progress_port=layout.progress_port,
+        rendezvous_port=layout.rendezvous_port,
+        termination_log=layout.termination_log,
+    )
+
+
+def _folder(name: str | None, revision: str | None) -> str:
+    """Folder name of a hub model: slashes would make subfolders that another model could share."""
+    return str(name).replace("/", "--") + (f"@{revision}" if revision else "")

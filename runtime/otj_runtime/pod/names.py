@@ -1,0 +1,26 @@
+"""Names that several processes must agree on: containers, labels, volumes, files."""
+
+MODEL_CONTAINER = "model"
+GENERATOR_CONTAINER = "generator"
+TRAINER_CONTAINER = "trainer"
+
+JOB_LABEL = "onlinetraining.dev/job"
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+MANAGED_BY = "online-training-operator"
+
+SHARED_MEMORY_VOLUME = "shared-memory"
+SCRATCH_VOLUME = "scratch"
+OUTPUT_VOLUME = "output"
+
+PROGRESS_PORT_NAME = "progress"
+PROGRESS_ROUTE = "/progress"
+STATUS_ROUTE = "/status"
+HEALTH_ROUTE = "/healthz"
+
+SERVED_MODEL = "policy"
+"""Name under which vLLM serves the model being trained."""
+
+METRICS_FILE = "metrics.jsonl"
+"""In the output folder: one JSON object per optimizer step, see `otj_runtime.pod.metrics`."""
+
+NON_ROOT_UID = 65532

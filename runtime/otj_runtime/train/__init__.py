@@ -1,0 +1,1 @@
+"""Training: online methods as subclasses of `transformers.Trainer`."""
