@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,12 @@ def load_job(path: Path) -> OnlineTrainingJob:
 
 
 def _explain(fault: Any) -> str:
-    """One pydantic fault as `field: what is wrong`. Our own rules already name the field relative to where they stand."""
+    """One pydantic fault as `field: what is wrong`."""
     where = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "value_error" and re.match(r"[\w.\[\]]+: ", message):
+        # A rule of ours that names its field relative to the model it stands in.
+        return f"{where}.{message}"
     if fault["type"] == "extra_forbidden":
         message = "unknown field"
     elif fault["type"] not in ("missing", "value_error"):

@@ -32,7 +32,7 @@ def generator_command(job: OnlineTrainingJob, config: PodConfig) -> list[str]:
         *(PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", config.model_path, "--served-model-name", SERVED_MODEL, "--load-format", "dummy"),
         *("--host", host, "--port", port),
-        *("--dtype", config.generator_dtype, "--tensor-parallel-size", str(generation.tensor_parallel_size or generation.gpus)),
+        *("--dtype", config.generator_dtype.value, "--tensor-parallel-size", str(generation.tensor_parallel_size or generation.gpus)),
         *("--weight-transfer-config", WEIGHT_TRANSFER),
         *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"),
         "--enable-prefix-caching" if generation.enable_prefix_caching else "--no-enable-prefix-caching",

@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all set-up themselves on a fresh Debian or Ubuntu machine with Python 3.11.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+UV := $(shell command -v uv || echo build/uv/bin/uv)
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo lint format test requirements generate
+
+help:  ## Show what there is to make
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+build/uv/bin/uv:
+	@$(PYTHON) -m venv build/uv || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
+	@build/uv/bin/pip install --quiet uv
+
+# Installs exactly what requirements.txt pins; both packages are editable, so a change of code needs no new set-up.
+.venv/.installed: requirements.txt pyproject.toml operator/pyproject.toml runtime/pyproject.toml | $(UV)
+	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.14' .venv
+	$(UV) pip sync --quiet requirements.txt
+	$(UV) pip install --quiet --no-deps --editable operator --editable runtime
+	@touch $@
+
+setup: .venv/.installed  ## Install everything into .venv
+
+lint: setup  ## Style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## Rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: setup  ## Every test that needs no cluster: fast ones first, then those with real servers
+	$(BIN)/pytest -m 'not integration and not e2e'
+	$(BIN)/pytest -m integration
+
+requirements:  ## Pin the newest versions that the packages allow
+	$(UV) lock --upgrade
+	$(UV) export --quiet --all-packages --all-extras --no-extra vllm --format requirements-txt --no-hashes --no-emit-workspace --no-annotate --no-header > requirements.txt
+
+-include $(wildcard make/*.mk)
