@@ -52,6 +52,7 @@ class PodConfig(ApiModel):
     generator_gpus: int
     generator_dtype: DType
     generator_url: str
+    generator_max_model_len: int | None = None
     generator_ready_timeout_seconds: int
     mailbox: str = Field(description="Folder of the weights mailbox, in memory that both containers share.")
     output: str = Field(description="Folder of checkpoints, the final model and caches.")
@@ -99,6 +100,7 @@ def resolve(job: OnlineTrainingJob, layout: Layout = Layout(), *, output: str | 
         generator_gpus=spec.generation.gpus,
         generator_dtype=spec.generator_dtype,
         generator_url=f"http://{layout.host}:{layout.generator_port}",
+        generator_max_model_len=spec.generation.max_model_len,
         generator_ready_timeout_seconds=spec.generation.ready_timeout_seconds,
         mailbox=f"{layout.shared_memory}/otj",
         output=output,

@@ -25,6 +25,7 @@ class OnlineConfig(TrainingArguments):
     steps_per_generation: int | None = field(
         default=None, metadata={"help": "Micro-batches that share one generation. Default: gradient_accumulation_steps."}
     )
+    num_iterations: int = field(default=1, metadata={"help": "Times each generation is trained on."})
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt, in tokens; longer ones are refused before training."}
     )
@@ -58,6 +59,16 @@ class OnlineConfig(TrainingArguments):
                 f"num_generations: {self.num_generations} does not divide the {self.completions_per_rank} completions of a rank "
                 "(per_device_train_batch_size x steps_per_generation)"
             )
+        if self.micro_batches_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps: {self.gradient_accumulation_steps} does not divide the {self.micro_batches_per_generation} "
+                "micro-batches of a generation (steps_per_generation x num_iterations)"
+            )
+
+    @property
+    def micro_batches_per_generation(self) -> int:
+        """Micro-batches that are trained on one generation."""
+        return int(self.steps_per_generation or 1) * self.num_iterations
 
     @property
     def completions_per_rank(self) -> int:
@@ -77,7 +88,6 @@ class GRPOConfig(OnlineConfig):
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL term to the base model; 0 keeps no reference model."})
     epsilon: float = field(default=0.2, metadata={"help": "Clipping range of the importance ratio below 1."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Clipping range above 1. Default: epsilon."})
-    num_iterations: int = field(default=1, metadata={"help": "Times each generation is trained on."})
     scale_rewards: bool = field(default=True, metadata={"help": "Divide advantages by the standard deviation of their group."})
 
 

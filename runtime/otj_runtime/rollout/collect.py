@@ -1,0 +1,90 @@
+"""One rank's rollouts: rows of the dataset -> prompt token ids -> completions -> rewards -> groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from otj_runtime.data.tokenize import PromptEncoder
+from otj_runtime.pod.metrics import Answer
+from otj_runtime.rewards import Rewards
+from otj_runtime.rollout.types import Group, RolloutEngine, Sampling
+
+
+class Rollouts:
+    """Completes and scores prompts.
+
+    Args:
+        engine: samples completions.
+        encoder: prompts to token ids, the same ids for generator and trainer.
+        rewards: scores completions.
+        tokenizer: decodes completions for the rewards.
+    """
+
+    def __init__(self, *, engine: RolloutEngine, encoder: PromptEncoder, rewards: Rewards, tokenizer: Any) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._rewards = rewards
+        self._tokenizer = tokenizer
+
+    def collect(self, samples: list[dict[str, Any]], sampling: Sampling, *, policy_version: int) -> list[Group]:
+        """A scored group per sample, sampled from the weights of `policy_version`.
+
+        Raises:
+            GeneratorLost: if the generator does not come back.
+            RewardFailed: if a reward raises, hangs, or returns the wrong thing.
+        """
+        prompts = [self._encoder.encode(sample["prompt"]) for sample in samples]
+        completions = self._engine.generate(prompts, sampling, policy_version=policy_version)
+        groups = [
+            Group(sample, prompt, found, texts=self._tokenizer.batch_decode([c.token_ids for c in found], skip_special_tokens=True))
+            for sample, prompt, found in zip(samples, prompts, completions, strict=True)
+        ]
+        self._score(groups)
+        return groups
+
+    def _score(self, groups: list[Group]) -> None:
+        """Score all completions of all groups in one call per reward function, as batched rewards want it."""
+        rows = [(group, i) for group in groups for i in range(len(group.completions))]
+        columns = {name: [group.sample[name] for group, _ in rows] for name in groups[0].sample if name != "prompt"}
+        table = self._rewards.score(
+            prompts=[group.sample["prompt"] for group, _ in rows],
+            completions=[group.texts[i] for group, i in rows],
+            completion_ids=[group.completions[i].token_ids for group, i in rows],
+            columns=columns,
+        )
+        for (group, _), total in zip(rows, table.totals, strict=True):
+            group.rewards.append(total)
+
+    def answers(self, groups: list[Group]) -> list[Answer]:
+        """The first completion of each group, for people."""
+        return [Answer(prompt=prompt_text(group.sample["prompt"]), completion=group.texts[0], reward=group.rewards[0]) for group in groups]
+
+
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt as one line for people: of a conversation, its last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """What groups tell of themselves, under TRL's names."""
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    finished = [completion.finished for group in groups for completion in group.completions]
+    rewards = [reward for group in groups for reward in group.rewards]
+    spreads = [max(group.rewards) - min(group.rewards) for group in groups]
+    deviations = [_deviation(group.rewards) for group in groups]
+    prompt_tokens = sum(len(group.prompt_ids) * len(group.completions) for group in groups)
+    return {
+        "reward": sum(rewards) / len(rewards),
+        "reward_std": sum(deviations) / len(deviations),
+        "frac_reward_zero_std": sum(spread == 0 for spread in spreads) / len(spreads),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": 1 - sum(finished) / len(finished),
+        "num_tokens": float(prompt_tokens + sum(lengths)),
+        "tokens_generated": float(sum(lengths)),
+    }
+
+
+def _deviation(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return float((sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5)

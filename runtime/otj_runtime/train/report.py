@@ -1,0 +1,104 @@
+"""What the trainer tells the world: one line of metrics.jsonl per log, and one POST to the launcher.
+
+The file is written first and must succeed; the POST must never disturb a run: it has a short deadline and its failure is logged
+once, because the launcher's watchdog, not the trainer, judges silence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from otj_runtime.pod.metrics import Answer, HeldOut, MetricsLine, append_line, read_metrics
+from otj_runtime.pod.names import METRICS_FILE
+
+logger = logging.getLogger(__name__)
+
+POST_SECONDS = 5.0
+
+
+class Reporter(TrainerCallback):
+    """Writes metrics and reports progress, on rank 0 only.
+
+    Args:
+        output: the output folder.
+        world_size: training ranks; reported so that a wrong one is noticed.
+    """
+
+    def __init__(self, *, output: Path, world_size: int) -> None:
+        self._path = output / METRICS_FILE
+        self._world_size = world_size
+        self._complained = False
+        self.answers: list[Answer] = []
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps beyond `step`, which a resumed run makes again. The file is replaced at once."""
+        lines, _ = read_metrics(self._path)
+        kept = [line for line in lines if line.step <= step]
+        if len(kept) < len(lines):
+            draft = self._path.with_suffix(".draft")
+            draft.write_text("".join(json.dumps(line.to_wire()) + "\n" for line in kept))
+            draft.replace(self._path)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say how many steps there are before the first one is made."""
+        if state.is_world_process_zero:
+            self._post(state, {})
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Report a step's numbers. Lines without a loss are summaries of transformers, not steps."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+        numbers |= {"world_size": float(self._world_size)}
+        line = MetricsLine(step=state.global_step, total_steps=state.max_steps, time=time.time(), metrics=numbers, completions=self.answers)
+        append_line(self._path, line)
+        print(describe(line), flush=True)
+        self._post(state, numbers)
+
+    def held_out(self, state: TrainerState, result: HeldOut) -> None:
+        """Report held-out answers."""
+        append_line(self._path, MetricsLine(step=state.global_step, total_steps=state.max_steps, time=time.time(), heldout=result))
+        print(f"held-out accuracy {result.accuracy:.3f} at step {state.global_step}", *map(_show, result.answers), sep="\n", flush=True)
+
+    def _post(self, state: TrainerState, numbers: dict[str, float]) -> None:
+        url = os.environ.get("KUBEFLOW_TRAINER_SERVER_URL")
+        if url is None:
+            return
+        metrics = numbers | {"current_step": state.global_step, "total_steps": state.max_steps, "world_size": self._world_size}
+        status: dict[str, Any] = {"metrics": [{"name": name[:64], "value": f"{value:.6g}"} for name, value in metrics.items()]}
+        if state.max_steps > 0:
+            status["progressPercentage"] = int(100 * state.global_step / state.max_steps)
+        try:
+            token = Path(os.environ["KUBEFLOW_TRAINER_SERVER_TOKEN"]).read_text().strip()
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+            request = urllib.request.Request(url, data=json.dumps({"trainerStatus": status}).encode(), headers=headers, method="POST")
+            with urllib.request.urlopen(request, timeout=POST_SECONDS):
+                pass
+        except (OSError, KeyError) as error:
+            if not self._complained:
+                logger.warning("cannot report progress to the launcher at %s: %s", url, error)
+            self._complained = True
+
+
+_SHOWN = {"reward": "reward", "kl": "kl", "completions/mean_length": "length", "grad_norm": "grad", "sync/total_s": "sync s", "step_time": "s/step"}
+
+
+def describe(line: MetricsLine) -> str:
+    """A step for the log: its main numbers, and a few completions."""
+    numbers = "  ".join(f"{short} {line.metrics[name]:.3g}" for name, short in _SHOWN.items() if name in line.metrics)
+    return "\n".join([f"step {line.step}/{line.total_steps}  {numbers}", *map(_show, line.completions)])
+
+
+def _show(answer: Answer) -> str:
+    return f"    {answer.prompt!r} -> {answer.completion!r}  ({answer.reward:g})"

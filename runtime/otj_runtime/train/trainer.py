@@ -1,0 +1,222 @@
+"""OnlineTrainer: the loop that both methods share, as a `transformers.Trainer` whose batches are sampled from the policy itself.
+
+One optimizer step, on every rank at once:
+
+    prompts (PromptOrder)
+      -> weights.push(version)            the generator takes the current weights; the probe proves it
+      -> rollouts.collect(...)            this rank's prompts -> completions -> rewards
+      -> select(groups)                   what to train on: the subclass knows (advantages, pairs)
+      -> micro-batches                    dealt out evenly, padded
+      -> compute_loss per micro-batch     forward, the subclass's loss, backward
+      -> optimizer step, log, checkpoint  transformers
+
+The hook is `get_batch_samples`: transformers asks it for the micro-batches of an optimizer step, and gets freshly sampled ones.
+`policy version` is the number of optimizer steps behind the weights: `state.global_step`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import Trainer
+
+from otj_runtime.rollout.collect import Rollouts, rollout_metrics
+from otj_runtime.rollout.types import Group, Sampling
+from otj_runtime.train.batch import MicroBatch, Selection, collate, split
+from otj_runtime.train.checkpoints import INCOMPLETE, publish_checkpoint, remove_old_checkpoints
+from otj_runtime.train.config import OnlineConfig
+from otj_runtime.train.logprobs import completion_logprobs
+from otj_runtime.train.meters import Meters
+from otj_runtime.train.prompts import PromptLoader, PromptOrder
+from otj_runtime.train.report import Reporter
+
+
+class SyncReport(Protocol):
+    """What a weight sync tells of itself."""
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+
+class Weights(Protocol):
+    """Brings the policy into the generator. Collective: every rank calls it."""
+
+    def push(self, version: int) -> SyncReport: ...
+
+
+class OnlineTrainer(Trainer):
+    """Trains a causal language model on its own samples. Subclasses say which rows to train on and with which loss.
+
+    Args:
+        model: the policy, a transformers causal language model; trained in place.
+        args: the method's configuration.
+        train_dataset: rows with a `prompt` and whatever columns the rewards read.
+        rollouts: completes and scores prompts.
+        weights: brings the policy into the generator; None if the engine uses the model itself.
+        reference: the base model, frozen; None unless the loss needs it.
+        pad_id: token that fills rows.
+        reporter: tells of every step.
+    """
+
+    unit = 1
+    """Consecutive rows that must stay in one micro-batch."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        args: OnlineConfig,
+        train_dataset: Any,
+        rollouts: Rollouts,
+        weights: Weights | None,
+        reference: Any | None = None,
+        pad_id: int,
+        reporter: Reporter,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=train_dataset, callbacks=[reporter])
+        self.loss_is_scaled_for_ga = True  # `normalizer` already spans all micro-batches of a step
+        self.config = args
+        self._prompts = train_dataset
+        self._output = Path(str(args.output_dir))
+        self.rollouts = rollouts
+        self.weights = weights
+        self.reference = reference
+        self.meters = Meters()
+        self.reporter = reporter
+        self._pad_id = pad_id
+        self._pushed_version: int | None = None
+        self._pending: deque[MicroBatch] = deque()
+        self._step_began = time.monotonic()
+
+    @abstractmethod
+    def select(self, groups: list[Group]) -> Selection:
+        """What to train on of this rank's groups."""
+
+    @abstractmethod
+    def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor, reference_logprobs: torch.Tensor | None) -> torch.Tensor:
+        """Sum of the method's loss over the micro-batch, not yet divided by `normalizer`. `logprobs`: [B, C], with gradient."""
+
+    def countable(self, batch: MicroBatch) -> float:
+        """What `normalizer` counts in a micro-batch: tokens."""
+        return float(batch.completion_mask.sum()) + batch.skipped_tokens
+
+    # -- sampling ------------------------------------------------------------------------------------------------------------
+
+    def push_weights(self) -> None:
+        """Bring the current policy into the generator, unless it is there already. Collective."""
+        version = self.state.global_step
+        if self.weights is None or self._pushed_version == version:
+            return
+        self.meters.add(self.weights.push(version).metrics)
+        self._pushed_version = version
+
+    def get_train_dataloader(self) -> PromptLoader:
+        """Prompts of this rank, one item per micro-batch."""
+        order = PromptOrder(
+            size=len(self._prompts),
+            per_rank=self.config.prompts_per_rank,
+            repeats=self.config.micro_batches_per_generation,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            seed=self.config.seed if self.config.shuffle_dataset else None,
+        )
+        return PromptLoader(self._prompts, order)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], None]:
+        """The micro-batches of the next optimizer step, sampled now if the last generation is used up."""
+        batches = []
+        for samples in (item for _, item in zip(range(num_batches), epoch_iterator, strict=False)):
+            if not self._pending:
+                self._pending = self._sample(samples)
+            batches.append(self._pending.popleft())
+        self._normalize(batches, device)
+        return batches, None
+
+    def _sample(self, samples: list[dict[str, Any]]) -> deque[MicroBatch]:
+        self.push_weights()
+        began = time.monotonic()
+        sampling = Sampling(
+            count=self.config.num_generations, max_tokens=self.config.max_completion_length, temperature=self.config.temperature
+        )
+        groups = self.rollouts.collect(samples, sampling, policy_version=self.state.global_step)
+        self.meters.add(rollout_metrics(groups) | {"time/generate": time.monotonic() - began})
+        self.reporter.answers = self.rollouts.answers(groups)[: self.config.num_completions_to_print]
+        every = self._batches(self.select(groups)) * self.config.num_iterations
+        # A run that resumed in the middle of a generation has made some of its steps already.
+        made = (self.state.global_step * self.config.gradient_accumulation_steps) % len(every)
+        return deque(every[made:])
+
+    def _batches(self, selection: Selection) -> list[MicroBatch]:
+        parts = split(selection.rows, parts=int(self.config.steps_per_generation or 1), unit=self.unit)
+        batches = [collate(part, pad_id=self._pad_id, mask_truncated=self.config.mask_truncated_completions) for part in parts]
+        for batch in batches:
+            batch.skipped_tokens = selection.skipped_tokens / len(batches)
+        return batches
+
+    def _normalize(self, batches: list[MicroBatch], device: torch.device) -> None:
+        total = torch.tensor(sum(self.countable(batch) for batch in batches), device=device)
+        mean = float(self.accelerator.reduce(total, reduction="mean"))
+        for batch in batches:
+            batch.normalizer = max(mean, 1.0)
+
+    # -- learning ------------------------------------------------------------------------------------------------------------
+
+    # transformers knows dictionaries; our batches are a class. Both hooks only see what `get_batch_samples` returned.
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:  # type: ignore[override]
+        return inputs.to(self.accelerator.device)
+
+    def compute_loss(self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The method's loss of one micro-batch, divided by what the whole step counts."""
+        logprobs = completion_logprobs(model, inputs, temperature=self.config.temperature)
+        reference_logprobs = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference_logprobs = completion_logprobs(self.reference, inputs, temperature=self.config.temperature)
+        self._measure_mismatch(inputs, logprobs.detach())
+        return self.policy_loss(inputs, logprobs, reference_logprobs) / inputs.normalizer
+
+    def _measure_mismatch(self, batch: MicroBatch, logprobs: torch.Tensor) -> None:
+        """How far trainer and sampler disagree on the same tokens: the early sign of a stale or mismatched generator."""
+        mask = batch.completion_mask
+        difference = (logprobs - batch.sampler_logprobs).abs() * mask
+        self.meters.add(
+            {
+                "sampling/sampling_logp_difference/mean": float(difference.sum() / mask.sum().clamp(min=1)),
+                "sampling/sampling_logp_difference/max": float(difference.max()),
+                "entropy_estimate": float(-(logprobs * mask).sum() / mask.sum().clamp(min=1)),
+            }
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """transformers estimates this from a dictionary of inputs, which a micro-batch is not; it is reported nowhere."""
+        return 0
+
+    # -- reporting and saving ------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' log line plus everything measured since the last one, averaged over ranks. Collective."""
+        if "loss" in logs:
+            now = time.monotonic()
+            self.meters.add({"step_time": (now - self._step_began) / max(1.0, self.config.logging_steps)})
+            self._step_began = now
+            logs = logs | self.meters.take(self.accelerator)
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._output / INCOMPLETE)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_checkpoint(self._output, self.state.global_step)
+            remove_old_checkpoints(self._output, keep=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
