@@ -37,6 +37,14 @@ test: setup  ## Every test that needs no cluster: fast ones first, then those wi
 	$(BIN)/pytest -m 'not integration and not e2e'
 	$(BIN)/pytest -m integration
 
+MODELS := build/models
+
+$(MODELS)/SmolLM2-135M-Instruct/config.json: | setup
+	$(BIN)/otj model smollm2 $(@D)
+
+demo: $(MODELS)/SmolLM2-135M-Instruct/config.json  ## Watch a real small language model learn to add: no cluster, no GPU, a few minutes
+	$(BIN)/otj run manifests/samples/grpo-addition.yaml --volume models=$(MODELS) --run-dir build/demo --clean --result build/demo.json
+
 requirements:  ## Pin the newest versions that the packages allow
 	$(UV) lock --upgrade
 	$(UV) export --quiet --all-packages --all-extras --no-extra vllm --format requirements-txt --no-hashes --no-emit-workspace --no-annotate --no-header > requirements.txt

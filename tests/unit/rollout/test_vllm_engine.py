@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+
 from otj_runtime.pod.errors import GeneratorLost
 from otj_runtime.rollout.types import Sampling
 from otj_runtime.rollout.vllm_engine import VLLMEngine, await_version, parse_choice

@@ -1,0 +1,150 @@
+"""`otj run` as its user types it: real vLLM, real accelerate ranks, no cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from otj_runtime.pod.metrics import read_metrics
+
+pytestmark = pytest.mark.integration
+
+SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
+
+
+def otj_run(sample: str, run_dir: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "otj_runtime.cli", "run", str(SAMPLES / sample), "--run-dir", str(run_dir), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], *, deadline_s: float) -> str:
+    """The output of a process that must end by itself."""
+    try:
+        output, _ = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        pytest.fail(f"still running after {deadline_s} s:\n{output[-3000:]}")
+    return output
+
+
+def wait_for_step(run_dir: Path, step: int, *, process: subprocess.Popen[str], deadline_s: float) -> None:
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end and process.poll() is None:
+        lines, _ = read_metrics(run_dir / "output" / "metrics.jsonl")
+        if lines and lines[-1].step >= step:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"step {step} was not reached within {deadline_s} s; exit code {process.poll()}")
+
+
+@pytest.fixture(scope="module")
+def copy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """The result of grpo-copy.yaml, its run folder and its output: one run for all tests that only look at it."""
+    folder = tmp_path_factory.mktemp("copy")
+    result = folder / "result.json"
+    began = time.monotonic()
+    process = otj_run("grpo-copy.yaml", folder / "run", "--result", str(result))
+    output = finish(process, deadline_s=400)
+    print(f"grpo-copy took {time.monotonic() - began:.0f} s, start of vLLM included")
+    assert process.returncode == 0, output[-5000:]
+    return json.loads(result.read_text()), folder / "run", output
+
+
+def test_a_tiny_model_learns_to_copy(copy_run: tuple[dict[str, Any], Path, str]) -> None:
+    result, _, _ = copy_run
+    first, last = result["reward"]
+    assert result["succeeded"]
+    assert result["steps"] == 150
+    assert first < 0.2
+    assert last >= 0.95
+
+
+def test_three_ranks_trained_beside_a_real_vllm(copy_run: tuple[dict[str, Any], Path, str]) -> None:
+    result, _, _ = copy_run
+    assert result["world_size"] == 3
+    assert result["generator"].startswith("vllm ")
+
+
+def test_every_sync_was_proven_within_its_bound(copy_run: tuple[dict[str, Any], Path, str]) -> None:
+    result, _, _ = copy_run
+    assert result["sync"]["count"] >= 150
+    assert result["sync"]["max_abs_logprob_diff"] <= 1e-4
+
+
+def test_every_step_is_reported_and_the_model_is_saved(copy_run: tuple[dict[str, Any], Path, str]) -> None:
+    _, run_dir, output = copy_run
+    lines, _ = read_metrics(run_dir / "output" / "metrics.jsonl")
+    assert [line.step for line in lines if line.metrics] == list(range(1, 151))
+    assert (run_dir / "output" / "model" / "model.safetensors").is_file()
+    assert "150/150" in output
+
+
+def test_a_killed_generator_costs_no_step(tmp_path: Path) -> None:
+    process = otj_run("grpo-copy.yaml", tmp_path / "run", "--set", "training.max_steps=12")
+    wait_for_step(tmp_path / "run", 3, process=process, deadline_s=120)
+    [generator] = generators_of(process.pid)
+    os.killpg(generator, signal.SIGKILL)
+    output = finish(process, deadline_s=240)
+    assert process.returncode == 0, output[-5000:]
+    lines, _ = read_metrics(tmp_path / "run" / "output" / "metrics.jsonl")
+    assert [line.step for line in lines if line.metrics] == list(range(1, 13))
+    assert max(line.metrics["sampling/sampling_logp_difference/max"] for line in lines if line.metrics) < 1e-3
+
+
+def test_a_stopped_run_saves_a_checkpoint_and_the_next_one_goes_on_from_it(tmp_path: Path) -> None:
+    options = ("--set", "training.max_steps=400")
+    process = otj_run("grpo-copy.yaml", tmp_path / "run", *options)
+    wait_for_step(tmp_path / "run", 5, process=process, deadline_s=120)
+    process.send_signal(signal.SIGINT)
+    finish(process, deadline_s=90)
+    checkpoints = sorted((tmp_path / "run" / "output").glob("checkpoint-*"))
+    assert len(checkpoints) == 1
+    step = int(checkpoints[0].name.split("-")[1])
+    process = otj_run("grpo-copy.yaml", tmp_path / "run", "--set", f"training.max_steps={step + 3}")
+    output = finish(process, deadline_s=180)
+    assert process.returncode == 0, output[-5000:]
+    lines, _ = read_metrics(tmp_path / "run" / "output" / "metrics.jsonl")
+    assert [line.step for line in lines if line.metrics] == list(range(1, step + 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        ("rewards=[{function: no_such_package.reward}]", "RewardImportFailed", "no_such_package"),
+        ("model={path: /no/such/model}", "ModelNotFound", "/no/such/model"),
+        ("dataset={path: /no/such/file.jsonl}", "DatasetInvalid", "/no/such/file.jsonl"),
+        ("training.lr_scheduler_type=zigzag", "InvalidSpec", "zigzag"),
+    ],
+)
+def test_bad_input_ends_with_its_own_reason_within_a_minute(tmp_path: Path, change: str, reason: str, words: str) -> None:
+    options = ["--set", change]
+    if change.startswith("dataset"):
+        options += ["--set", "rewards=[{function: otj_runtime.rewards.exact_match}]"]
+    process = otj_run("grpo-copy.yaml", tmp_path / "run", *options)
+    output = finish(process, deadline_s=60)
+    assert process.returncode != 0
+    assert reason in output
+    assert words in output
+
+
+def generators_of(parent: int) -> list[int]:
+    """Process groups of the vLLM servers below `parent`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().decode()
+            below = int((folder / "stat").read_text().rsplit(") ", 1)[1].split()[1])
+        except (OSError, ValueError):
+            continue
+        if below == parent and "vllm.entrypoints" in command:
+            found.append(int(folder.name))
+    return found
