@@ -17,6 +17,12 @@ from otj_runtime.api.training import Algorithm, check_training
 PodPiece = dict[str, Any]
 """A piece of a pod in the API server's own form."""
 
+
+def _named_by(key: str) -> dict[str, Any]:
+    """Makes a list of pod pieces one that server-side apply merges entry by entry, and in which `key` is unique."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+
+
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -211,11 +217,22 @@ class OnlineTrainingJobSpec(ApiModel):
     )
     resources: ContainerResources = Field(default_factory=ContainerResources, description="CPU and memory of the containers.")
     env: list[PodPiece] = Field(
-        default_factory=list, max_length=256, description="Environment of both containers, as in a pod. Default: none."
+        default_factory=list,
+        max_length=256,
+        description="Environment of every container of the pod, as in a pod. Default: none.",
+        json_schema_extra=_named_by("name"),
     )
-    volumes: list[PodPiece] = Field(default_factory=list, max_length=64, description="Further volumes of the pod. Default: none.")
+    volumes: list[PodPiece] = Field(
+        default_factory=list,
+        max_length=64,
+        description="Further volumes of the pod. Default: none.",
+        json_schema_extra=_named_by("name"),
+    )
     volume_mounts: list[PodPiece] = Field(
-        default_factory=list, max_length=64, description="Mounts of `volumes` in every container of the pod. Default: none."
+        default_factory=list,
+        max_length=64,
+        description="Mounts of `volumes` in every container of the pod. Default: none.",
+        json_schema_extra=_named_by("mountPath"),
     )
     node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
         default_factory=dict, max_length=64, description="Labels a node must have. Default: none."

@@ -91,6 +91,7 @@ class Progress(ApiModel):
 
     step: int | None = Field(None, ge=0, description="Optimizer steps made.")
     total_steps: int | None = Field(None, ge=0, description="Optimizer steps to make in all.")
+    steps: Annotated[str, Field(max_length=64)] | None = Field(None, description="Steps made of all steps, for reading: 12/150.")
     reward: Annotated[str, Field(max_length=64)] | None = Field(None, description="Mean reward of the last step.")
     seconds_per_step: Annotated[str, Field(max_length=64)] | None = Field(None, description="Duration of recent steps, in seconds.")
     remaining_seconds: int | None = Field(None, ge=0, description="Estimated seconds to the end.")
@@ -105,8 +106,11 @@ class OnlineTrainingJobStatus(ApiModel):
     """Observed state of a job."""
 
     state: Annotated[str, Field(max_length=64)] | None = Field(
-        None, description="One word for people, derived from the conditions: Pending, Starting, Running, Suspended, Succeeded or Failed."
+        None,
+        description="One word for people, derived from the conditions: Pending, Suspended, Starting, Running, Ending, Retrying, "
+        "Succeeded or Failed.",
     )
+    message: Text | None = Field(None, description="One sentence for people: the message of the condition that `state` comes from.")
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,

@@ -69,8 +69,7 @@ class Argument:
 
 
 @cache
-def training_arguments() -> dict[str, Argument]:
-    """Every argument that `spec.training` may carry, by name."""
+def _argument_table() -> dict[str, Argument]:
     table = json.loads(resources.files(__package__).joinpath("training_arguments.json").read_text())
     return {
         name: Argument(
@@ -79,8 +78,19 @@ def training_arguments() -> dict[str, Argument]:
             description=row["description"],
         )
         for name, row in table.items()
-        if name not in RESERVED
     }
+
+
+@cache
+def training_arguments() -> dict[str, Argument]:
+    """Every argument that `spec.training` may carry, by name."""
+    return {name: argument for name, argument in _argument_table().items() if name not in RESERVED}
+
+
+@cache
+def reserved_arguments() -> dict[str, Argument]:
+    """The arguments in `RESERVED`, by name: the schema knows them, to refuse them with the field that decides instead."""
+    return {name: argument for name, argument in _argument_table().items() if name in RESERVED}
 
 
 def argument_value(name: str, *, algorithm: Algorithm, arguments: dict[str, Any]) -> Any:

@@ -1,0 +1,5 @@
+"""`python -m otj_operator`."""
+
+from otj_operator.main import main
+
+main()

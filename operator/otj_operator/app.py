@@ -1,0 +1,92 @@
+"""kopf, for what it is good at: connecting, watching, reconnecting, shutting down.
+
+Only `on.event` handlers, which write nothing to objects: no annotations, no finalizers, no state of kopf's own. A handler hands the
+object to the controller and returns, for kopf runs them one after the other for each object, and forgets one that fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import kopf
+from kubernetes.aio import client
+
+from otj_operator.controller import Controller
+from otj_operator.controller.controller import OWN
+from otj_operator.kube import load_configuration
+from otj_runtime.api import GROUP, PLURAL, VERSION
+from otj_runtime.pod import names
+
+TOKEN_SECONDS = 600
+"""A service account's token is read again this often; the kubelet renews it long before it expires."""
+
+
+async def watch(controller: Controller, *, stop: asyncio.Event) -> None:
+    """Feed `controller` from watches until `stop` is set or the process is told to end."""
+    await kopf.operator(registry=build_registry(controller), settings=build_settings(), clusterwide=True, standalone=True, stop_flag=stop)
+
+
+def build_registry(controller: Controller) -> kopf.OperatorRegistry:
+    """The handlers: three watches and the login."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def parent_event(event: kopf.RawEvent, **_: Any) -> None:
+        controller.parent_changed(dict(event["object"]), deleted=event["type"] == "DELETED")
+
+    @kopf.on.event("batch", "v1", "jobs", registry=registry)
+    async def job_event(event: kopf.RawEvent, **_: Any) -> None:
+        controller.job_changed(dict(event["object"]), deleted=event["type"] == "DELETED")
+
+    @kopf.on.event("", "v1", "pods", registry=registry)
+    async def pod_event(event: kopf.RawEvent, **_: Any) -> None:
+        controller.pod_changed(dict(event["object"]), deleted=event["type"] == "DELETED")
+
+    @kopf.on.login(registry=registry)
+    async def login(**_: Any) -> kopf.ConnectionInfo:
+        return connection(await load_configuration())
+
+    return registry
+
+
+def build_settings() -> kopf.OperatorSettings:
+    """Settings that differ from kopf's defaults, each for a reason."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False  # events are ours: few, and told once
+    settings.peering.standalone = True  # a peering that somebody made would silently pause us; the Lease decides
+    settings.scanning.disabled = True  # no watching of CRDs and namespaces: fewer rights
+    # Ended by the server, by us, and never later: connections that died without a word are found.
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 30
+    settings.watching.reconnect_backoff = 0.5
+    settings.watching.chunk_size = 500
+    settings.watching.label_selectors["batch", "v1", "jobs"] = OWN
+    settings.watching.label_selectors["", "v1", "pods"] = f"{OWN},{names.JOB_LABEL}"
+    settings.networking.request_timeout = 30
+    # After the last one kopf gives up and the process ends: five minutes of a silent API server are no reason yet.
+    settings.networking.error_backoffs = [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 60, 60, 60]
+    settings.queueing.idle_timeout = 2
+    settings.execution.default_backoff = 5
+    # At INFO kopf writes a line for every event of every object.
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+    return settings
+
+
+def connection(configuration: client.Configuration) -> kopf.ConnectionInfo:
+    """Our client's configuration in kopf's form."""
+    scheme, _, token = configuration.api_key.get("BearerToken", "").partition(" ")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        ca_data=configuration.ca_cert_data,
+        insecure=not configuration.verify_ssl,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        scheme=scheme if token else None,
+        token=token or None,
+        expiration=datetime.now(UTC) + timedelta(seconds=TOKEN_SECONDS),
+    )

@@ -1,0 +1,96 @@
+"""What the watches told, by job: the newest view of each object, and which key a change concerns.
+
+Events can be late (our own write came back first), doubled (a watch began anew) or missing (a deletion between two watches). So an older
+version never replaces a newer one, and `take` prunes by a full listing what was deleted unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from otj_operator.plan import JobView, Key, Parent, PodView
+
+
+class View(Protocol):
+    """What the three kinds of views have in common."""
+
+    @property
+    def key(self) -> Key: ...
+    @property
+    def uid(self) -> str: ...
+    @property
+    def resource_version(self) -> str: ...
+    @classmethod
+    def of(cls, raw: dict[str, Any], /) -> Self: ...
+
+
+V = TypeVar("V", bound=View)
+
+
+class Shelf(Generic[V]):
+    """Views of one kind, by key and uid: an object and its successor of the same name may both be there for a while."""
+
+    def __init__(self) -> None:
+        self._views: dict[Key, dict[str, V]] = {}
+        self._removed: set[str] = set()
+
+    def of(self, key: Key) -> tuple[V, ...]:
+        """Everything that concerns `key`."""
+        return tuple(self._views.get(key, {}).values())
+
+    def newest(self, key: Key) -> V | None:
+        """The view of `key` that was changed last."""
+        return max(self.of(key), key=lambda view: _version(view), default=None)
+
+    def keys(self) -> set[Key]:
+        """Every key that something concerns."""
+        return set(self._views)
+
+    def put(self, view: V) -> bool:
+        """Keep `view`, unless a version as new is there; says whether it was kept."""
+        present = self._views.get(view.key, {}).get(view.uid)
+        if present is not None and _version(present) >= _version(view):
+            return False
+        self._views.setdefault(view.key, {})[view.uid] = view
+        return True
+
+    def remove(self, view: V) -> None:
+        """Forget the object with the uid of `view`."""
+        self._removed.add(view.uid)
+        self._drop(view.key, view.uid)
+
+    def begin_listing(self) -> None:
+        """A listing starts now: objects removed from here on may still be in it."""
+        self._removed.clear()
+
+    def take(self, views: Iterable[V], version: str) -> set[Key]:
+        """Take in a whole listing made at `version`; returns the keys for which something changed."""
+        views = [view for view in views if view.uid not in self._removed]
+        changed = {view.key for view in views if self.put(view)}
+        listed = {view.uid for view in views}
+        held = [view for views_of_key in self._views.values() for view in views_of_key.values()]
+        # What is newer than the listing was made after it.
+        stale = [view for view in held if view.uid not in listed and _version(view) <= int(version)]
+        for view in stale:
+            self._drop(view.key, view.uid)
+        return changed | {view.key for view in stale}
+
+    def _drop(self, key: Key, uid: str) -> None:
+        views = self._views.get(key, {})
+        views.pop(uid, None)
+        if not views:
+            self._views.pop(key, None)
+
+
+class Cache:
+    """All jobs with their Jobs and pods."""
+
+    def __init__(self) -> None:
+        self.parents: Shelf[Parent] = Shelf()
+        self.jobs: Shelf[JobView] = Shelf()
+        self.pods: Shelf[PodView] = Shelf()
+
+
+def _version(view: View) -> int:
+    return int(view.resource_version)

@@ -1,0 +1,118 @@
+"""One pass for one job: observe, plan, act. Nothing here decides; `otj_operator.plan` does.
+
+Every answer of the API server goes into the cache at once, so that the next pass does not wait for the watch to bring it back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from otj_operator.controller.cache import Cache
+from otj_operator.kube import EVENTS, JOBS, ONLINE_TRAINING_JOBS, ApiError, Cluster
+from otj_operator.plan import Create, JobView, Key, Look, Observed, Parent, Refusal, RefusalKind, Report, Settle, plan
+from otj_operator.plan.events import Event, event_object
+from otj_operator.plan.planner import taken
+from otj_runtime.api import API_VERSION, KIND
+from otj_runtime.pod.manifest import Manifest
+from otj_runtime.pod.names import MANAGED_BY
+
+logger = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Brings single jobs to where they should be."""
+
+    def __init__(self, cluster: Cluster, cache: Cache, *, image: str, report_of: Callable[[Key], Report | None]) -> None:
+        self._cluster, self._cache, self._image, self._report_of = cluster, cache, image, report_of
+        self._written: dict[Key, datetime] = {}
+
+    async def reconcile(self, key: Key) -> Settle | None:
+        """One pass; None if the job is gone.
+
+        Raises:
+            ApiError: when the API server cannot do it now; the pass may be tried again.
+        """
+        parent = self._cache.parents.newest(key)
+        if parent is None:
+            self._written.pop(key, None)
+            return None
+        observed = Observed(
+            parent=parent,
+            job=self._job(key, parent),
+            pods=self._cache.pods.of(key),
+            report=self._report_of(key),
+            written_at=self._written.get(key),
+        )
+        for _ in range(3):
+            match plan(observed, now=datetime.now(UTC), image=self._image):
+                case Look():
+                    observed = await self._look(observed)
+                case Create(job):
+                    observed = await self._create(observed, job)
+                case Settle() as settled:
+                    await self._settle(observed.parent, settled)
+                    return settled
+        raise AssertionError(f"{key}: a plan that asks for more than one look and one creation")
+
+    def _job(self, key: Key, parent: Parent) -> JobView | None:
+        """The Job of this name; our own, should there be two for a moment."""
+        jobs = self._cache.jobs.of(key)
+        own = (job for job in jobs if job.owner is not None and job.owner.uid == parent.uid)
+        return next(own, None) or self._cache.jobs.newest(key)
+
+    async def _look(self, observed: Observed) -> Observed:
+        key = observed.parent.key
+        raw = await self._cluster.get(JOBS, namespace=key.namespace, name=key.name)
+        return replace(observed, job=JobView.of(raw) if raw else None, absence_confirmed=raw is None)
+
+    async def _create(self, observed: Observed, manifest: Manifest) -> Observed:
+        key = observed.parent.key
+        try:
+            job = JobView.of(await self._cluster.create(JOBS, manifest))
+        except ApiError as error:
+            return await self._not_created(observed, error)
+        logger.info("created the Job", extra={"job": str(key)})
+        self._cache.jobs.put(job)
+        return replace(observed, job=job)
+
+    async def _not_created(self, observed: Observed, error: ApiError) -> Observed:
+        if error.status == 409 and error.reason == "AlreadyExists":
+            found = await self._look(observed)
+            if found.job is None:
+                raise error
+            # Ours after all: the cache lags behind an earlier pass, maybe of an earlier process.
+            owner = found.job.owner
+            ours = owner is not None and owner.uid == observed.parent.uid
+            return found if ours else replace(found, refusal=taken(found.job, observed.parent))
+        kinds = {400: RefusalKind.INVALID, 422: RefusalKind.INVALID, 403: RefusalKind.FORBIDDEN}
+        if error.status not in kinds:
+            raise error
+        return replace(observed, refusal=Refusal(kind=kinds[error.status], message=f"The API server refused the Job: {error.message}"))
+
+    async def _settle(self, parent: Parent, settled: Settle) -> None:
+        if settled.status is None:
+            return
+        key = parent.key
+        raw = await self._cluster.set_status(
+            ONLINE_TRAINING_JOBS,
+            namespace=key.namespace,
+            name=key.name,
+            status=settled.status,
+            resource_version=parent.resource_version,
+        )
+        self._written[key] = datetime.now(UTC)
+        self._cache.parents.put(Parent.of(raw))
+        for event in settled.events:
+            await self._tell(parent, event)
+
+    async def _tell(self, parent: Parent, event: Event) -> None:
+        involved = {"apiVersion": API_VERSION, "kind": KIND, "namespace": parent.key.namespace, "name": parent.key.name, "uid": parent.uid}
+        logger.info("%s: %s", event.reason, event.message, extra={"job": str(parent.key)})
+        try:
+            await self._cluster.create(EVENTS, event_object(event, involved=involved, component=MANAGED_BY))
+        except ApiError as error:
+            if error.status != 409:  # 409: told before
+                logger.warning("an event could not be written: %s", error, extra={"job": str(parent.key)})

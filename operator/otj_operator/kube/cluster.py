@@ -1,0 +1,122 @@
+"""A few verbs of the API server on plain dictionaries.
+
+Reads stay raw: the client's models cost ten times the time and three times the memory of the dictionaries, and refuse a field of the
+wrong type. Every call has a deadline. Writes pass a fence first: a leader that was stopped for a while and lost its Lease
+must not write before it notices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio import client
+
+from otj_operator.kube.resources import Resource
+
+Object = dict[str, Any]
+
+CALL_SECONDS = 30
+PAGE = 500
+CONNECTIONS = 32
+
+
+class ApiError(Exception):
+    """The API server said no, or could not be reached (`status` 0)."""
+
+    def __init__(self, what: str, *, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{what}: {status} {reason}: {message}")
+        self.status = status
+        self.reason = reason
+        self.message = message
+
+
+class FencedError(RuntimeError):
+    """A write was held back, because this process may not lead any more."""
+
+
+class Cluster:
+    """One connection pool to the API server. Use as an async context manager."""
+
+    def __init__(self, configuration: client.Configuration) -> None:
+        configuration.connection_pool_maxsize = CONNECTIONS
+        self._api = client.ApiClient(configuration)
+        self.may_write: Callable[[], bool] = lambda: True
+        """The fence, asked before every write."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._api.close()
+
+    async def list(self, resource: Resource, *, labels: str = "") -> tuple[list[Object], str]:
+        """All objects in all namespaces that `labels` selects, and the resource version they were read at."""
+        items: list[Object] = []
+        query = {"limit": str(PAGE), "labelSelector": labels}
+        while True:
+            page = await self._call("GET", resource.path() + "?" + urlencode(query))
+            items += page["items"]
+            query["continue"] = page["metadata"].get("continue", "")
+            if not query["continue"]:
+                return items, str(page["metadata"]["resourceVersion"])
+
+    async def get(self, resource: Resource, *, namespace: str | None = None, name: str) -> Object | None:
+        """One object, or None if there is none."""
+        try:
+            return await self._call("GET", resource.path(namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def create(self, resource: Resource, body: Object) -> Object:
+        """Create `body` in the namespace that its metadata names, and return what the API server made of it."""
+        return await self._write("POST", resource.path(body["metadata"]["namespace"]), body)
+
+    async def replace(self, resource: Resource, body: Object) -> Object:
+        """Replace an object; its resourceVersion guards against a write in between (409)."""
+        metadata = body["metadata"]
+        return await self._write("PUT", resource.path(metadata["namespace"], metadata["name"]), body)
+
+    async def set_status(self, resource: Resource, *, namespace: str, name: str, status: Object, resource_version: str) -> Object:
+        """Replace the whole status; 409 if the object has changed since `resource_version`."""
+        patch = [
+            {"op": "replace", "path": "/metadata/resourceVersion", "value": resource_version},
+            {"op": "add", "path": "/status", "value": status},
+        ]
+        return await self._write("PATCH", resource.path(namespace, name, "status"), patch, content_type="application/json-patch+json")
+
+    async def _write(self, method: str, path: str, body: Any, *, content_type: str = "application/json") -> Object:
+        if not self.may_write():
+            raise FencedError(f"{method} {path}: the Lease may belong to somebody else by now")
+        return await self._call(method, path, body, content_type=content_type)
+
+    async def _call(self, method: str, path: str, body: Any = None, *, content_type: str = "application/json") -> Object:
+        what = f"{method} {path.split('?')[0]}"
+        serialized = await self._api.param_serialize(
+            method, path, header_params={"Accept": "application/json", "Content-Type": content_type}, auth_settings=["BearerToken"]
+        )
+        try:
+            response = await self._api.call_api(*serialized[:3], body=body, _request_timeout=CALL_SECONDS)
+            data = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ApiError(what, status=0, reason=type(error).__name__, message=str(error) or "no answer") from error
+        if response.status >= 300:
+            raise _error(what, response.status, data)
+        answer: Object = json.loads(data)
+        return answer
+
+
+def _error(what: str, status: int, data: bytes) -> ApiError:
+    """The error in a Status object, or in whatever else a proxy answered."""
+    try:
+        document = json.loads(data)
+        reason, message = str(document.get("reason") or "Unknown"), str(document.get("message") or "")
+    except (ValueError, AttributeError):
+        reason, message = "Unknown", data[:500].decode(errors="replace")
+    return ApiError(what, status=status, reason=reason, message=message)

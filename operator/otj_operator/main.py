@@ -1,0 +1,123 @@
+"""The operator's process: settings, the check of the CRD, leadership, and everything that runs while it leads.
+
+    start --> health port --> CRD there? --> Lease --> listing --> workers + watches + renewal
+                                                                   first of them to end ends the process
+
+A lost Lease ends the process at once: whatever it still had in its hands belongs to somebody else now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from otj_operator import app, logs
+from otj_operator.controller import Controller, Settings
+from otj_operator.crd.definition import NAME as CRD_NAME
+from otj_operator.health import health_server
+from otj_operator.kube import CUSTOM_RESOURCE_DEFINITIONS, Cluster, Leadership, load_configuration
+from otj_runtime.api import VERSION
+
+logger = logging.getLogger("otj_operator")
+
+LEASE_NAME = "online-training-operator"
+LOST_LEASE = 3
+"""Exit status of a process that lost its Lease."""
+
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the operator until it is told to stop."""
+    options = _parser().parse_args(arguments)
+    logs.configure(json_lines=options.log_format == "json", verbose=options.verbose)
+    settings = Settings(
+        runtime_image=options.runtime_image,
+        namespace=options.namespace or _own_namespace(),
+        identity=options.identity,
+        listen_port=options.port,
+        workers=options.workers,
+        resync_seconds=options.resync_seconds,
+        progress_seconds=options.progress_seconds,
+    )
+    asyncio.run(run(settings))
+
+
+async def run(settings: Settings) -> None:
+    """Wait for leadership, lead, and let go of it at the end."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # The Lease has connections of its own: a burst of jobs must not delay its renewal. It is also not fenced by itself.
+    async with Cluster(await load_configuration()) as cluster, Cluster(await load_configuration()) as lease_cluster:
+        controller = Controller(cluster, settings)
+        leadership = Leadership(lease_cluster, namespace=settings.namespace, name=LEASE_NAME, identity=settings.identity)
+        async with health_server(settings.listen_port, healthy=lambda: controller.healthy or not leadership.valid()):
+            await check_crd(cluster)
+            if await _first(stop.wait(), leadership.acquire()) == 0:
+                return
+            cluster.may_write = leadership.valid
+            try:
+                await _lead(controller, leadership, stop)
+            finally:
+                await leadership.release()
+
+
+async def check_crd(cluster: Cluster) -> None:
+    """End the process with a sentence if the cluster does not know OnlineTrainingJob."""
+    crd = await cluster.get(CUSTOM_RESOURCE_DEFINITIONS, name=CRD_NAME)
+    served = [version["name"] for version in crd["spec"]["versions"] if version["served"]] if crd else []
+    if VERSION not in served:
+        raise SystemExit(f"the cluster does not serve {CRD_NAME} {VERSION}: apply manifests/crd.yaml first")
+
+
+async def _lead(controller: Controller, leadership: Leadership, stop: asyncio.Event) -> None:
+    await controller.listed()
+    # kopf takes over the signals: that its watches end without an error means that the process was told to stop.
+    await _first(app.watch(controller, stop=stop), controller.run(), _keep_or_end(leadership))
+    logger.info("stopped")
+
+
+async def _keep_or_end(leadership: Leadership) -> None:
+    await leadership.keep()
+    logging.shutdown()
+    os._exit(LOST_LEASE)  # no clean-up: another process leads, and nothing may be written any more
+
+
+async def _first(*works: Coroutine[Any, Any, Any]) -> int:
+    """Run `works` until one ends, end the others, and return its place. An error of any is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+    return next(place for place, task in enumerate(tasks) if task in done)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="otj_operator", description="Runs OnlineTrainingJobs.")
+    parser.add_argument("--runtime-image", default=os.environ.get("OTJ_RUNTIME_IMAGE"), required="OTJ_RUNTIME_IMAGE" not in os.environ)
+    parser.add_argument("--namespace", default=os.environ.get("POD_NAMESPACE"), help="where the Lease is kept; default: the pod's own")
+    parser.add_argument("--identity", default=os.environ.get("POD_NAME", socket.gethostname()), help="holder name in the Lease")
+    parser.add_argument("--port", type=int, default=8080, help="port of /healthz and /readyz; default: 8080")
+    parser.add_argument("--workers", type=int, default=8, help="jobs reconciled at the same time; default: 8")
+    parser.add_argument("--resync-seconds", type=float, default=300.0, help="time between full listings; default: 300")
+    parser.add_argument("--progress-seconds", type=float, default=5.0, help="time between two pulls of progress; default: 5")
+    parser.add_argument("--log-format", choices=("json", "text"), default="json")
+    parser.add_argument("--verbose", action="store_true", help="also log at level debug")
+    return parser
+
+
+def _own_namespace() -> str:
+    return _NAMESPACE_FILE.read_text().strip() if _NAMESPACE_FILE.exists() else "online-training-system"

@@ -1,0 +1,24 @@
+"""The operator's decisions, as pure functions: what was observed goes in, what to do and to say comes out. No I/O, no clock."""
+
+from otj_operator.plan.events import Event
+from otj_operator.plan.observed import JobView, Key, Observed, Parent, PodView, Refusal, RefusalKind, Report
+from otj_operator.plan.planner import plan
+from otj_operator.plan.steps import Create, Look, PollTarget, Settle, Step
+
+__all__ = [
+    "Create",
+    "Event",
+    "JobView",
+    "Key",
+    "Look",
+    "Observed",
+    "Parent",
+    "PodView",
+    "PollTarget",
+    "Refusal",
+    "RefusalKind",
+    "Report",
+    "Settle",
+    "Step",
+    "plan",
+]

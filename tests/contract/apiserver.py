@@ -1,0 +1,130 @@
+"""A real kube-apiserver with etcd and nothing else: no controllers, no kubelet. Tests play those by writing status.
+
+It listens on free loopback ports, keeps everything in one temporary folder, and is up in about five seconds.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import socket
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.binaries import binaries
+from tests.cluster.host import run, tool
+from tests.cluster.pki import make_certificates
+
+START_SECONDS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiServer:
+    """A running API server, the folder it lives in and a kubeconfig with every right."""
+
+    url: str
+    folder: Path
+    admin: Path
+
+    def kubeconfig(self, name: str, token: str) -> Path:
+        """Write a kubeconfig that shows `token`."""
+        authority = base64.b64encode((self.folder / "pki" / "ca.crt").read_bytes()).decode()
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": name}}],
+            "clusters": [{"name": "test", "cluster": {"server": self.url, "certificate-authority-data": authority}}],
+            "users": [{"name": name, "user": {"token": token}}],
+        }
+        path = self.folder / f"{name}.kubeconfig"
+        path.write_text(json.dumps(config))
+        return path
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None) -> str:
+        """Run kubectl as admin, or with another kubeconfig.
+
+        Raises:
+            ClusterError: if it fails; the text holds what it printed.
+        """
+        return run("kubectl", *arguments, stdin=stdin, env={"KUBECONFIG": str(kubeconfig or self.admin), "NO_PROXY": "127.0.0.1"})
+
+
+@contextmanager
+def api_server(folder: Path) -> Iterator[ApiServer]:
+    """Start etcd and kube-apiserver in `folder`, and end them."""
+    etcd, peer, secure = free_ports(3)
+    make_certificates(folder / "pki", addresses=["127.0.0.1"])
+    token = secrets.token_hex(16)
+    (folder / "tokens.csv").write_text(f'{token},admin,admin,"system:masters"\n')
+    url = f"https://127.0.0.1:{secure}"
+    with (
+        _process(folder, "etcd", _etcd(folder, etcd, peer)),
+        _process(folder, "kube-apiserver", _kube_apiserver(folder, etcd, secure)) as server,
+    ):
+        started = ApiServer(url=url, folder=folder, admin=folder / "admin.kubeconfig")
+        started.kubeconfig("admin", token)
+        _wait_until_ready(url, folder, server)
+        yield started
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nothing listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _etcd(folder: Path, client: int, peer: int) -> list[str]:
+    urls = f"http://127.0.0.1:{client}"
+    return [
+        *(tool("etcd"), "--data-dir", str(folder / "etcd"), "--unsafe-no-fsync", "--log-level", "warn"),
+        *("--listen-client-urls", urls, "--advertise-client-urls", urls, "--listen-peer-urls", f"http://127.0.0.1:{peer}"),
+    ]
+
+
+def _kube_apiserver(folder: Path, etcd: int, secure: int) -> list[str]:
+    pki = folder / "pki"
+    return [
+        str(binaries() / "kube-apiserver"),
+        f"--etcd-servers=http://127.0.0.1:{etcd}",
+        *("--bind-address=127.0.0.1", f"--secure-port={secure}", "--service-cluster-ip-range=10.0.0.0/24"),
+        *(f"--tls-cert-file={pki}/api.crt", f"--tls-private-key-file={pki}/api.key", f"--client-ca-file={pki}/ca.crt"),
+        *("--authorization-mode=RBAC", f"--token-auth-file={folder}/tokens.csv", "--allow-privileged=true"),
+        *("--service-account-issuer=https://kubernetes.default.svc", f"--service-account-signing-key-file={pki}/service-accounts.key"),
+        f"--service-account-key-file={pki}/service-accounts.key",
+        # No controller makes service accounts here, so pods of tests must not need one.
+        "--disable-admission-plugins=ServiceAccount",
+    ]
+
+
+@contextmanager
+def _process(folder: Path, name: str, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    with (folder / f"{name}.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _wait_until_ready(url: str, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    trusted = ssl.create_default_context(cafile=str(folder / "pki" / "ca.crt"))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted))
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if direct.open(f"{url}/readyz", timeout=2).status == 200:
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    raise RuntimeError(f"kube-apiserver is not ready after {START_SECONDS} s:\n{(folder / 'kube-apiserver.log').read_text()[-3000:]}")
