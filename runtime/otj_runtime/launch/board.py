@@ -1,0 +1,106 @@
+"""What is known of the run's progress: updates of the trainer in, the progress document out. No I/O; the caller brings the clock."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+from otj_runtime.api import Progress
+from otj_runtime.pod.metrics import LauncherReport, TrainerStatus
+
+REWARD_NAMES = ("reward", "objective/scores")
+"""Metrics that hold the mean reward: our name and TRL's GRPOTrainer's, then the name of TRL's OnlineDPOTrainer."""
+
+
+class Board:
+    """The latest state of the run."""
+
+    def __init__(self) -> None:
+        self.generator_ready = False
+        self.ended = False
+        self.last_update: float | None = None
+        """Monotonic time of the last update."""
+        self._metrics: dict[str, str] = {}
+        self._remaining: tuple[float, int] | None = None
+        self._step_seen: tuple[float, int] | None = None
+        self._measured_step_seconds: float | None = None
+        self._updated = ""
+
+    def absorb(self, status: TrainerStatus, *, now: float, wall: datetime | None = None) -> None:
+        """Take in one update that arrived at monotonic time `now`."""
+        self._metrics |= {metric.name: metric.value for metric in status.metrics}
+        self.last_update = now
+        self._updated = (wall or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        if status.estimatedRemainingSeconds is not None:
+            self._remaining = (now, status.estimatedRemainingSeconds)
+        self._measure(now)
+
+    def _measure(self, now: float) -> None:
+        """Seconds per step by the clock, for trainers that do not report them."""
+        step = self.step
+        if step is None:
+            return
+        if self._step_seen is not None and step > self._step_seen[1]:
+            self._measured_step_seconds = (now - self._step_seen[0]) / (step - self._step_seen[1])
+        if self._step_seen is None or step != self._step_seen[1]:
+            self._step_seen = (now, step)
+
+    def number(self, name: str) -> float | None:
+        """The latest value of a metric; None if it was never reported or is no finite number."""
+        try:
+            value = float(self._metrics[name])
+        except (KeyError, ValueError):
+            return None
+        return value if math.isfinite(value) else None
+
+    def _count(self, name: str) -> int | None:
+        value = self.number(name)
+        return int(value) if value is not None and value >= 0 else None
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps made; None before the first word of the trainer."""
+        return self._count("current_step")
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps to make in all."""
+        return self._count("total_steps")
+
+    @property
+    def world_size(self) -> int | None:
+        """Training ranks, as the trainer counts them."""
+        return self._count("world_size")
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Duration of the last step: as reported, else as measured between updates."""
+        for name in ("seconds_per_step", "step_time"):
+            if (value := self.number(name)) is not None:
+                return value
+        return self._measured_step_seconds
+
+    def _remaining_seconds(self) -> int | None:
+        if self.last_update is not None and self._remaining is not None and self._remaining[0] == self.last_update:
+            return max(0, self._remaining[1])
+        if self.step is None or self.total_steps is None or self.seconds_per_step is None:
+            return None
+        return max(0, round((self.total_steps - self.step) * self.seconds_per_step))
+
+    def report(self) -> LauncherReport:
+        """The progress document."""
+        reward = next((value for name in REWARD_NAMES if (value := self.number(name)) is not None), None)
+        seconds = self.seconds_per_step
+        step, total = self.step, self.total_steps
+        progress = Progress(
+            step=step,
+            total_steps=total,
+            reward=None if reward is None else f"{reward:.4g}",
+            seconds_per_step=None if seconds is None else f"{seconds:.4g}",
+            remaining_seconds=self._remaining_seconds(),
+            policy_version=self._count("policy_version"),
+            world_size=self.world_size,
+            last_updated=self._updated or None,
+        )
+        phase = "ended" if self.ended else "training" if step else "starting"
+        return LauncherReport(phase=phase, generator_ready=self.generator_ready, progress=progress, metrics=self._metrics)

@@ -1,0 +1,65 @@
+"""Progress: what the trainer reports becomes the progress document."""
+
+from __future__ import annotations
+
+import pytest
+
+from otj_runtime.launch.board import Board
+from otj_runtime.pod.metrics import Metric, TrainerStatus
+
+
+def status(remaining: int | None = None, **metrics: object) -> TrainerStatus:
+    """An update with these metrics."""
+    return TrainerStatus(
+        estimatedRemainingSeconds=remaining, metrics=[Metric(name=name, value=str(value)) for name, value in metrics.items()]
+    )
+
+
+def test_before_the_first_word_the_run_is_starting_and_nothing_is_known() -> None:
+    report = Board().report()
+    assert report.phase == "starting"
+    assert report.progress.model_dump(exclude_none=True) == {}
+
+
+def test_a_step_makes_it_training_and_fills_the_document() -> None:
+    board = Board()
+    board.absorb(
+        status(current_step=3, total_steps=10, reward=0.51234567, world_size=3, policy_version=2, seconds_per_step=2.0, loss=0.1), now=10.0
+    )
+    report = board.report()
+    assert report.phase == "training"
+    assert report.metrics["loss"] == "0.1"
+    progress = report.progress
+    assert (progress.step, progress.total_steps, progress.world_size, progress.policy_version) == (3, 10, 3, 2)
+    assert (progress.reward, progress.seconds_per_step, progress.remaining_seconds) == ("0.5123", "2", 14)
+    assert progress.last_updated is not None
+
+
+def test_a_trainer_that_reports_no_times_is_measured() -> None:
+    board = Board()
+    board.absorb(status(current_step=1, total_steps=11), now=100.0)
+    board.absorb(status(current_step=6, total_steps=11), now=110.0)
+    assert board.seconds_per_step == pytest.approx(2.0)
+    assert board.report().progress.remaining_seconds == 10
+
+
+def test_the_trainers_own_estimate_of_the_end_counts_while_it_is_fresh() -> None:
+    board = Board()
+    board.absorb(status(remaining=77, current_step=1, total_steps=11, step_time=1), now=1.0)
+    assert board.report().progress.remaining_seconds == 77
+    board.absorb(status(current_step=2, total_steps=11), now=2.0)
+    assert board.report().progress.remaining_seconds == 9
+
+
+def test_metrics_stay_until_they_are_reported_again() -> None:
+    board = Board()
+    board.absorb(status(reward=0.5), now=1.0)
+    board.absorb(status(current_step=1), now=2.0)
+    assert board.report().progress.reward == "0.5"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "much", "-1"])
+def test_a_step_that_is_no_count_is_ignored(value: str) -> None:
+    board = Board()
+    board.absorb(status(current_step=value), now=1.0)
+    assert board.report().progress.step is None
