@@ -80,8 +80,9 @@ async def check_crd(cluster: Cluster) -> None:
 
 async def _lead(controller: Controller, leadership: Leadership, stop: asyncio.Event) -> None:
     await controller.listed()
-    # kopf takes over the signals: that its watches end without an error means that the process was told to stop.
-    await _first(app.watch(controller, stop=stop), controller.run(), _keep_or_end(leadership))
+    # kopf takes over the signals: that its watches end without an error means that the process was told to stop. It comes last,
+    # because at its end it waits for every task that began after it.
+    await _first(controller.run(), _keep_or_end(leadership), app.watch(controller, stop=stop))
     logger.info("stopped")
 
 

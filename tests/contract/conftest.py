@@ -1,26 +1,34 @@
-"""Fixtures of the contract tests: one API server for the whole run, with our CRD."""
+"""Fixtures of the contract tests: one API server for the whole run with install.yaml applied, and the operator on it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.cluster.host import REPOSITORY
 from tests.contract.apiserver import ApiServer, api_server
+from tests.contract.kubelet import Kubelet
+from tests.contract.operator_process import running_operator
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """An API server that knows OnlineTrainingJob."""
+    """An API server on which the operator was installed as the README says."""
     with api_server(tmp_path_factory.mktemp("apiserver")) as started:
-        started.kubectl("apply", "-f", str(REPOSITORY / "manifests" / "crd.yaml"))
+        started.kubectl("apply", "-f", str(REPOSITORY / "manifests" / "install.yaml"))
         started.kubectl("wait", "--for=condition=Established", "crd/onlinetrainingjobs.onlinetraining.dev", "--timeout=20s")
         yield started
 
 
+@pytest.fixture(scope="module")
+def operator(server: ApiServer, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The operator, for the tests of one module."""
+    with running_operator(server, name=request.module.__name__.rsplit(".", 1)[-1].replace("_", "-")):
+        yield
+
+
 @pytest.fixture
-def samples() -> Path:
-    """The folder of the samples that the README applies."""
-    return REPOSITORY / "manifests" / "samples"
+def kubelet(server: ApiServer) -> Kubelet:
+    """Whoever acts on Jobs and pods in the namespace default."""
+    return Kubelet(server)

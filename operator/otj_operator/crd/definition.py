@@ -23,6 +23,12 @@ COLUMNS: tuple[tuple[str, str, str, int], ...] = (
 )
 """Columns: title, type, path, priority (1 shows with `-o wide`)."""
 
+# The Job is created once, so a changed spec would be a wish that nobody grants.
+_IMMUTABLE = {
+    "rule": "self == oldSelf",
+    "message": "spec: a run cannot be changed once it exists: delete it and apply it again, or give the new run another name",
+}
+
 
 def custom_resource_definition() -> dict[str, Any]:
     """The CRD as the API server takes it."""
@@ -62,7 +68,7 @@ def object_schema() -> Schema:
     spec = structural_schema(OnlineTrainingJobSpec, defaults=True)
     training = spec["properties"]["training"]
     spec["properties"]["training"] = training_schema(training["description"])
-    spec["x-kubernetes-validations"] += job_rules()
+    spec["x-kubernetes-validations"] += [*job_rules(), _IMMUTABLE]
     return {
         "description": "A run of online training: part of its accelerators generate with vLLM, the others train.",
         "type": "object",

@@ -1,0 +1,3 @@
+generate: setup  ## Write what is made from the models: the table of training arguments, the CRD, install.yaml
+	$(BIN)/python -m otj_runtime.train.arguments
+	$(BIN)/python -m otj_operator.crd manifests

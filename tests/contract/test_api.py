@@ -1,0 +1,76 @@
+"""The CRD on a real API server: what it takes, what it refuses, and with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.host import REPOSITORY, ClusterError
+from tests.contract.apiserver import ApiServer
+from tests.unit.api.specs import INVALID, VALID, Invalid, changed
+
+pytestmark = pytest.mark.integration
+
+SAMPLES = sorted((REPOSITORY / "manifests" / "samples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+def test_a_sample_is_accepted(server: ApiServer, path: Path) -> None:
+    assert "created (server dry run)" in server.kubectl("apply", "--dry-run=server", "-f", str(path))
+
+
+@pytest.mark.parametrize("case", INVALID, ids=lambda case: case.name)
+def test_an_invalid_spec_is_refused_at_apply_with_the_fix(server: ApiServer, case: Invalid) -> None:
+    with pytest.raises(ClusterError) as refused:
+        server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(case.document()))
+    assert case.message in str(refused.value)
+
+
+def test_a_name_that_no_label_can_hold_is_refused(server: ApiServer) -> None:
+    with pytest.raises(ClusterError, match=r"metadata\.name: needs at most 63 characters"):
+        server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(changed({}, name="a" * 64)))
+
+
+def test_a_variable_may_be_set_only_once(server: ApiServer) -> None:
+    twice = [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]
+    with pytest.raises(ClusterError, match=r"spec\.env\[1\]: Duplicate value"):
+        server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(changed({"env": twice})))
+
+
+def test_a_run_cannot_be_changed_once_it_exists(server: ApiServer) -> None:
+    server.kubectl("create", "-f", "-", stdin=json.dumps(changed({}, name="fixed")))
+    for patch in ({"gpus": 8}, {"dataset": {"args": {"length": 9}}}, {"env": [{"name": "A", "value": "1"}]}):
+        with pytest.raises(ClusterError, match="a run cannot be changed once it exists: delete it and apply it again"):
+            server.kubectl("patch", "otj", "fixed", "--type=merge", "-p", json.dumps({"spec": patch}))
+    server.kubectl("label", "otj", "fixed", "team=a")
+    server.kubectl("delete", "otj", "fixed")
+
+
+def test_the_api_server_fills_in_the_defaults_that_users_see(server: ApiServer) -> None:
+    stored = json.loads(server.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(VALID)))["spec"]
+    assert stored["generation"] == {"gpus": 1, "gpuMemoryUtilization": 0.9, "enablePrefixCaching": True, "readyTimeoutSeconds": 900}
+    assert stored["accelerator"] == {"device": "cuda"}
+    assert (stored["backoffLimit"], stored["suspend"], stored["nodes"]) == (3, False, 1)
+
+
+def test_pieces_of_a_pod_pass_through_unchanged(server: ApiServer) -> None:
+    env = [{"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token", "optional": True}}}]
+    volumes = [{"name": "data", "nfs": {"server": "s", "path": "/p", "aNewerField": 1}}]
+    spec = changed({"env": env, "volumes": volumes})
+    stored = json.loads(server.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(spec)))["spec"]
+    assert (stored["env"], stored["volumes"]) == (env, volumes)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("otj.spec.gpus", "Accelerators of the job, at least 2"),
+        ("otj.spec.training.num_generations", "Completions sampled for each prompt"),
+        ("otj.spec.training.output_dir", "set spec.output.path instead"),
+        ("otj.status.progress.reward", "Mean reward of the last step"),
+    ],
+)
+def test_kubectl_explains_a_field(server: ApiServer, field: str, words: str) -> None:
+    assert words in " ".join(server.kubectl("explain", field).split())

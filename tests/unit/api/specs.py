@@ -1,0 +1,213 @@
+"""Specs that must be refused, and with which words. The API server and `otj run` are held to the same table."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+Object = dict[str, Any]
+
+VALID: Object = {
+    "apiVersion": "onlinetraining.dev/v1alpha1",
+    "kind": "OnlineTrainingJob",
+    "metadata": {"name": "run", "namespace": "default"},
+    "spec": {"algorithm": "GRPO", "model": {"name": "builtin/tiny-copy"}, "dataset": {"task": "copy"}, "gpus": 4},
+}
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """`changes` to VALID's spec, by dotted path (None removes), and the words that must come back.
+
+    `field` is what the Python check must name where its words are pydantic's own; else it says `message` too.
+    """
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    message: str = ""
+    field: str = ""
+
+    def document(self) -> Object:
+        """The whole object."""
+        return changed(self.changes)
+
+
+def changed(changes: dict[str, Any], *, name: str = "run") -> Object:
+    """VALID with `changes` to its spec, by dotted path; None removes."""
+    document = copy.deepcopy(VALID)
+    document["metadata"]["name"] = name
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        node = document["spec"]
+        for part in parents:
+            node = node.setdefault(part, {})
+        if value is None:
+            node.pop(last, None)
+        else:
+            node[last] = value
+    return document
+
+
+EXACTLY_ONE_MODEL = "give exactly one of model.name (fetched from the hub) and model.path (a folder on a mounted volume)"
+EXACTLY_ONE_DATASET = "give exactly one of dataset.task (built in), dataset.name (on the hub) and dataset.path (on a mounted volume)"
+TOO_FEW_GPUS = "gpus: needs at least 2: one generates, the others train"
+NOT_DIVIDED = "does not divide the"
+OTHER = "unknown argument of"
+
+INVALID = [
+    Invalid("one GPU", {"gpus": 1}, TOO_FEW_GPUS),
+    Invalid("no GPU", {"gpus": 0}, TOO_FEW_GPUS),
+    Invalid(
+        "GPUs in words", {"gpus": "four"}, 'spec.gpus: Invalid value: "string": spec.gpus in body must be of type integer', "spec.gpus"
+    ),
+    Invalid("too many GPUs", {"gpus": 2000}, "spec.gpus in body should be less than or equal to 1024", "spec.gpus"),
+    Invalid("GPUs not given", {"gpus": None}, "spec.gpus: Required value", "spec.gpus"),
+    Invalid(
+        "an unknown algorithm",
+        {"algorithm": "PPO"},
+        'spec.algorithm: Unsupported value: "PPO": supported values: "GRPO", "OnlineDPO"',
+        "spec.algorithm",
+    ),
+    Invalid("no algorithm", {"algorithm": None}, "spec.algorithm: Required value", "spec.algorithm"),
+    Invalid("no model", {"model": None}, "spec.model: Required value", "spec.model"),
+    Invalid("an empty model", {"model": {}}, EXACTLY_ONE_MODEL),
+    Invalid("a model by name and path", {"model.path": "/models/x"}, EXACTLY_ONE_MODEL),
+    Invalid("a relative model path", {"model": {"path": "models/x"}}, "model.path must be absolute"),
+    Invalid("a revision of a path", {"model": {"path": "/m", "revision": "main"}}, "model.revision goes with model.name"),
+    Invalid("an unknown dtype", {"model.dtype": "int8"}, 'spec.model.dtype: Unsupported value: "int8"', "spec.model.dtype"),
+    Invalid("no dataset", {"dataset": None}, "spec.dataset: Required value", "spec.dataset"),
+    Invalid("an empty dataset", {"dataset": {}}, EXACTLY_ONE_DATASET),
+    Invalid("two datasets", {"dataset.name": "org/data"}, EXACTLY_ONE_DATASET),
+    Invalid(
+        "no reward for a dataset", {"dataset": {"name": "org/data"}}, "rewards: give at least one, unless dataset.task is a built-in task"
+    ),
+    Invalid(
+        "a reward that is no import path",
+        {"rewards": [{"function": "my reward"}]},
+        "spec.rewards[0].function in body should match",
+        "spec.rewards.0.function",
+    ),
+    Invalid(
+        "a reward without function", {"rewards": [{"weight": 1.0}]}, "spec.rewards[0].function: Required value", "spec.rewards.0.function"
+    ),
+    Invalid("every GPU generates", {"generation.gpus": 4}, "generation.gpus must leave at least one of gpus to train"),
+    Invalid(
+        "no GPU generates",
+        {"generation.gpus": 0},
+        "spec.generation.gpus in body should be greater than or equal to 1",
+        "spec.generation.gpus",
+    ),
+    Invalid(
+        "uneven tensor parallelism",
+        {"generation.gpus": 3, "generation.tensorParallelSize": 2},
+        "generation.tensorParallelSize must divide generation.gpus",
+    ),
+    Invalid(
+        "no memory for vLLM",
+        {"generation.gpuMemoryUtilization": 0},
+        "spec.generation.gpuMemoryUtilization in body should be greater than 0",
+        "spec.generation.gpuMemoryUtilization",
+    ),
+    Invalid(
+        "too much memory for vLLM",
+        {"generation.gpuMemoryUtilization": 1.5},
+        "spec.generation.gpuMemoryUtilization in body should be less than or equal to 1",
+        "spec.generation.gpuMemoryUtilization",
+    ),
+    Invalid(
+        "a misspelt argument",
+        {"training.learning_rte": 0.1},
+        'unknown field "spec.training.learning_rte"',
+        "training.learning_rte: unknown argument of GRPOConfig; did you mean learning_rate?",
+    ),
+    Invalid(
+        "a mistyped argument",
+        {"training.learning_rate": "fast"},
+        "spec.training.learning_rate in body must be of type number",
+        "training.learning_rate",
+    ),
+    Invalid(
+        "a fraction of a step", {"training.max_steps": 1.5}, "spec.training.max_steps in body must be of type integer", "training.max_steps"
+    ),
+    Invalid(
+        "an argument of GRPO for OnlineDPO",
+        {"algorithm": "OnlineDPO", "training.epsilon": 0.2},
+        "training.epsilon: unknown argument of OnlineDPOConfig",
+    ),
+    Invalid(
+        "an argument of OnlineDPO for GRPO",
+        {"training.missing_eos_penalty": 1.0},
+        "training.missing_eos_penalty: unknown argument of GRPOConfig",
+    ),
+    Invalid(
+        "the output folder as argument",
+        {"training.output_dir": "/x"},
+        "training.output_dir: is decided by the job; set spec.output.path instead",
+    ),
+    Invalid(
+        "precision as argument", {"training.bf16": True}, "training.bf16: is decided by the job; set spec.accelerate.mixedPrecision instead"
+    ),
+    Invalid(
+        "the engine as argument", {"training.use_vllm": False}, "training.use_vllm: is decided by the job; set spec.generation instead"
+    ),
+    Invalid(
+        "weights of rewards as argument",
+        {"training.reward_weights": [1.0]},
+        "training.reward_weights: is decided by the job; set spec.rewards[].weight instead",
+    ),
+    Invalid(
+        "groups of one", {"training.num_generations": 1}, "is too few: a completion is judged against others of its prompt; use at least 2"
+    ),
+    Invalid("groups that do not divide the batch", {"training.num_generations": 3}, NOT_DIVIDED),
+    Invalid("groups larger than the batch", {"training.per_device_train_batch_size": 4}, NOT_DIVIDED),
+    Invalid(
+        "groups torn by accumulation", {"training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 3}, NOT_DIVIDED
+    ),
+    Invalid("groups torn by shared generations", {"training.num_generations": 6, "training.steps_per_generation": 2}, NOT_DIVIDED),
+    Invalid("an odd batch of pairs", {"algorithm": "OnlineDPO", "training.per_device_train_batch_size": 3}, NOT_DIVIDED),
+    Invalid(
+        "an unknown precision",
+        {"accelerate.mixedPrecision": "fp8"},
+        'spec.accelerate.mixedPrecision: Unsupported value: "fp8"',
+        "spec.accelerate.mixedPrecision",
+    ),
+    Invalid(
+        "an unknown strategy",
+        {"accelerate.strategy": "zero1"},
+        'spec.accelerate.strategy: Unsupported value: "zero1"',
+        "spec.accelerate.strategy",
+    ),
+    Invalid(
+        "an unknown device", {"accelerator.device": "tpu"}, 'spec.accelerator.device: Unsupported value: "tpu"', "spec.accelerator.device"
+    ),
+    Invalid("two nodes", {"nodes": 2}, "spec.nodes in body should be less than or equal to 1", "spec.nodes"),
+    Invalid(
+        "negative retries", {"backoffLimit": -1}, "spec.backoffLimit in body should be greater than or equal to 0", "spec.backoffLimit"
+    ),
+    Invalid(
+        "no steps between checkpoints",
+        {"output.saveSteps": 0},
+        "spec.output.saveSteps in body should be greater than or equal to 1",
+        "spec.output.saveSteps",
+    ),
+    Invalid(
+        "a negative time to live",
+        {"ttlSecondsAfterFinished": -1},
+        "spec.ttlSecondsAfterFinished in body should be greater than or equal to 0",
+        "spec.ttlSecondsAfterFinished",
+    ),
+    Invalid(
+        "an unknown pull policy",
+        {"imagePullPolicy": "Sometimes"},
+        'spec.imagePullPolicy: Unsupported value: "Sometimes"',
+        "spec.imagePullPolicy",
+    ),
+    Invalid("a misspelt field", {"gpu": 4}, 'unknown field "spec.gpu"', "spec.gpu: unknown field"),
+    Invalid(
+        "a misspelt field of generation",
+        {"generation.maxLen": 4},
+        'unknown field "spec.generation.maxLen"',
+        "spec.generation.maxLen: unknown field",
+    ),
+]
