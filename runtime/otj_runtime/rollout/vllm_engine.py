@@ -14,7 +14,6 @@ away and asked again. Who brings the weights back is not this module's business:
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +29,8 @@ REQUEST_SECONDS = 1800.0
 MAX_RECOVERIES = 5
 """Times that one batch of prompts is asked again before the generator counts as lost."""
 
-Recover = Callable[[int], None]
-"""Returns when the generator serves the given policy version again; raises if it does not in time."""
+Recover = Callable[[], None]
+"""Returns when the generator serves the current policy version again; raises if it does not in time."""
 
 _FINAL_ONLY = 2  # vLLM's RequestOutputKind: with n > 1 the default drops completions
 
@@ -71,7 +70,7 @@ class VLLMEngine:
                 return [done[i] for i in range(len(prompts))]
             if attempt == MAX_RECOVERIES:
                 raise GeneratorLost(f"the generator failed {attempt + 1} times on the rollouts of policy version {version}: {failure}")
-            await asyncio.to_thread(self._recover, version)
+            await asyncio.to_thread(self._recover)
         raise AssertionError("unreachable")
 
     async def _ask(
@@ -141,19 +140,3 @@ def parse_choice(choice: dict[str, Any], version: int) -> Completion:
         finished=choice["finish_reason"] == "stop",
         policy_version=version,
     )
-
-
-def await_version(read_version: Callable[[], str | None], version: int, *, deadline_s: float, poll_s: float = 0.5) -> None:
-    """Wait until the generator serves `version`: what ranks do while rank 0 brings the weights back.
-
-    `read_version` returns None while the generator does not answer.
-
-    Raises:
-        GeneratorLost: when the deadline passes.
-    """
-    end = time.monotonic() + deadline_s
-    while (found := read_version()) != str(version):
-        if time.monotonic() > end:
-            state = "does not answer" if found is None else f"serves version {found}"
-            raise GeneratorLost(f"the generator {state} {deadline_s:.0f} s after it was lost; policy version {version} was expected")
-        time.sleep(poll_s)

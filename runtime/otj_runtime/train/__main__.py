@@ -50,9 +50,7 @@ def _answer(run: Run) -> None:
     trainer.push_weights()
     if trainer.accelerator.is_main_process:
         version = trainer.state.global_step
-        result = answer_held_out(
-            trainer.rollouts, run.held_out, max_tokens=trainer.config.max_completion_length, policy_version=version
-        )
+        result = answer_held_out(trainer.rollouts, run.held_out, max_tokens=trainer.config.max_completion_length, policy_version=version)
         run.reporter.held_out(trainer.state, result)
     trainer.accelerator.wait_for_everyone()
 

@@ -127,7 +127,7 @@ def build_run(config: PodConfig) -> Run:
     model = load_model(config)
     if arguments.disable_dropout:
         switch_off_dropout(model)
-    generator = connect_generator(config, model=model, end_tokens=end_tokens(model, tokenizer), rank=arguments.process_index)
+    generator = connect_generator(config, model=model, end_tokens=end_tokens(model, tokenizer))
     rollouts = Rollouts(engine=generator.engine, encoder=encoder, rewards=rewards, tokenizer=tokenizer)
     reporter = Reporter(output=Path(config.output), world_size=arguments.world_size)
     kind = GRPOTrainer if config.algorithm is Algorithm.GRPO else OnlineDPOTrainer

@@ -91,7 +91,14 @@ class Reporter(TrainerCallback):
             self._complained = True
 
 
-_SHOWN = {"reward": "reward", "kl": "kl", "completions/mean_length": "length", "grad_norm": "grad", "sync/total_s": "sync s", "step_time": "s/step"}
+_SHOWN = {
+    "reward": "reward",
+    "kl": "kl",
+    "completions/mean_length": "length",
+    "grad_norm": "grad",
+    "sync/total_s": "sync s",
+    "step_time": "s/step",
+}
 
 
 def describe(line: MetricsLine) -> str:

@@ -91,6 +91,7 @@ class OnlineTrainer(Trainer):
         self.reporter = reporter
         self._pad_id = pad_id
         self._pushed_version: int | None = None
+        self._syncs = 0
         self._pending: deque[MicroBatch] = deque()
         self._step_began = time.monotonic()
 
@@ -113,7 +114,8 @@ class OnlineTrainer(Trainer):
         version = self.state.global_step
         if self.weights is None or self._pushed_version == version:
             return
-        self.meters.add(self.weights.push(version).metrics)
+        self._syncs += 1
+        self.meters.add(self.weights.push(version).metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
         self._pushed_version = version
 
     def get_train_dataloader(self) -> PromptLoader:

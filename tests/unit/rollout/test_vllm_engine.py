@@ -12,7 +12,7 @@ from aiohttp import web
 
 from otj_runtime.pod.errors import GeneratorLost
 from otj_runtime.rollout.types import Sampling
-from otj_runtime.rollout.vllm_engine import VLLMEngine, await_version, parse_choice
+from otj_runtime.rollout.vllm_engine import VLLMEngine, parse_choice
 
 SAMPLING = Sampling(count=2, max_tokens=4)
 
@@ -79,7 +79,7 @@ def server() -> Iterator[ScriptedGenerator]:
     generator.close()
 
 
-def engine(server: ScriptedGenerator, recover: Callable[[int], None] = lambda version: None) -> VLLMEngine:
+def engine(server: ScriptedGenerator, recover: Callable[[], None] = lambda: None) -> VLLMEngine:
     return VLLMEngine(server.url, end_tokens={9, 2}, recover=recover)
 
 
@@ -105,9 +105,9 @@ def test_the_request_states_everything_that_shapes_the_distribution(server: Scri
 @pytest.mark.parametrize("fault", ["drop", "error", "stale"])
 def test_a_lost_answer_is_asked_again_after_recovery_and_the_others_are_not(server: ScriptedGenerator, fault: str) -> None:
     server.faults = [fault]
-    recovered: list[int] = []
-    groups = engine(server, recovered.append).generate([[1], [2], [3]], SAMPLING, policy_version=3)
-    assert recovered == [3]
+    recovered: list[str] = []
+    groups = engine(server, lambda: recovered.append("once")).generate([[1], [2], [3]], SAMPLING, policy_version=3)
+    assert recovered == ["once"]
     assert [group[0].token_ids for group in groups] == [[1, 0], [2, 0], [3, 0]]
     assert len(server.requests) == 4
 
@@ -129,13 +129,3 @@ def test_tokens_of_two_versions_are_stale() -> None:
     choice = {"weight_versions": [{"weight_version": "2"}, {"weight_version": "3"}]}
     with pytest.raises(Exception, match="expected tokens of policy version 3, got"):
         parse_choice(choice, 3)
-
-
-def test_waiting_for_a_version_ends_with_what_was_found() -> None:
-    with pytest.raises(GeneratorLost, match=r"serves version default .* policy version 7 was expected"):
-        await_version(lambda: "default", 7, deadline_s=0.05, poll_s=0.01)
-
-
-def test_waiting_for_a_version_survives_a_silent_generator() -> None:
-    answers = iter([None, "default", "7"])
-    await_version(lambda: next(answers), 7, deadline_s=5, poll_s=0.001)
