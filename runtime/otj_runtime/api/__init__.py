@@ -12,6 +12,7 @@ from otj_runtime.api.job import (
     InvalidJobError,
     ObjectMeta,
     OnlineTrainingJob,
+    load_document,
     load_job,
     parse_job,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Progress",
     "Reason",
     "Rule",
+    "load_document",
     "load_job",
     "parse_job",
     "training_arguments",

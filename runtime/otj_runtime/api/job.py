@@ -71,6 +71,16 @@ def load_job(path: Path) -> OnlineTrainingJob:
         InvalidJobError: if the file holds none or several, or a field is wrong.
         OSError: if the file cannot be read.
     """
+    return parse_job(load_document(path))
+
+
+def load_document(path: Path) -> dict[str, Any]:
+    """The document behind `load_job`, not validated yet.
+
+    Raises:
+        InvalidJobError: if the file holds none or several.
+        OSError: if the file cannot be read.
+    """
     try:
         documents = [d for d in yaml.safe_load_all(path.read_text()) if isinstance(d, dict)]
     except yaml.YAMLError as error:
@@ -78,7 +88,7 @@ def load_job(path: Path) -> OnlineTrainingJob:
     jobs = [d for d in documents if d.get("kind") == KIND] or documents
     if len(jobs) != 1:
         raise InvalidJobError(f"{path}: holds {len(jobs)} jobs, needs exactly one {KIND}")
-    return parse_job(jobs[0])
+    return jobs[0]
 
 
 def _explain(fault: Any) -> str:

@@ -1,0 +1,64 @@
+"""The parent of one local container's process, as a container runtime's shim: when the process ends, everything it started ends.
+
+    python -m otj_runtime.local.shim COMMAND [ARGUMENT...]
+
+SIGTERM and SIGINT go on to the process alone, as the kubelet signals a container's first process; SIGQUIT kills all of it. If
+`otj run` dies, by SIGKILL even, the kernel tells the shim, which kills all of it too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from otj_runtime.launch.processes import become_subreaper, die_with_parent, kill_descendants, signal_all
+
+KILLED = 128 + signal.SIGKILL
+
+
+class Shim:
+    """Runs one command to its end."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self._parent = os.getppid()
+        self._child: int | None = None
+        self._pending: int | None = None
+
+    def run(self) -> int:
+        """Exit status of the command, as a shell counts it."""
+        become_subreaper()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, self._on_signal)
+        die_with_parent(signal.SIGTERM, parent=self._parent)
+        shim = os.getpid()
+        self._child = subprocess.Popen(self._command, preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=shim)).pid
+        if self._pending is not None:
+            self._on_signal(self._pending, None)
+        status = self._wait()
+        kill_descendants()
+        return status
+
+    def _wait(self) -> int:
+        """Reap until the child itself ends: orphans of the container are handed to this process."""
+        while True:
+            pid, status = os.wait()
+            if pid == self._child:
+                code = os.waitstatus_to_exitcode(status)
+                return 128 - code if code < 0 else code
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGQUIT or os.getppid() != self._parent:
+            kill_descendants()
+            os._exit(KILLED)
+        if self._child is None:
+            self._pending = number
+        else:
+            signal_all([self._child], number)
+
+
+if __name__ == "__main__":
+    sys.exit(Shim(sys.argv[1:]).run())
