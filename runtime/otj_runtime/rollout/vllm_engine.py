@@ -130,7 +130,7 @@ def parse_choice(choice: dict[str, Any], version: int) -> Completion:
     Raises:
         StaleAnswer: if any of its tokens came from other weights than those of `version`.
     """
-    versions = {str(span["weight_version"]) for span in choice.get("weight_versions") or []}
+    versions = {str(span["version"]) for span in choice.get("weight_versions") or []}
     if versions != {str(version)}:
         raise StaleAnswer(f"expected tokens of policy version {version}, got {sorted(versions) or 'none stated'}")
     content = choice["logprobs"]["content"]

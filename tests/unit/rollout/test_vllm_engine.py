@@ -60,7 +60,7 @@ class ScriptedGenerator:
                 "token_ids": [*body["token_ids"], i],
                 "logprobs": {"content": [{"token_id": t, "logprob": -0.1} for t in [*body["token_ids"], i]]},
                 "finish_reason": "stop" if i == 0 else "length",
-                "weight_versions": [{"start": 0, "end": 1, "weight_version": version}],
+                "weight_versions": [{"start": 0, "end": 1, "version": version}],
             }
             for i in reversed(range(body["sampling_params"]["n"]))
         ]
@@ -126,6 +126,6 @@ def test_a_refused_prompt_is_not_asked_again(server: ScriptedGenerator) -> None:
 
 
 def test_tokens_of_two_versions_are_stale() -> None:
-    choice = {"weight_versions": [{"weight_version": "2"}, {"weight_version": "3"}]}
+    choice = {"weight_versions": [{"version": "2"}, {"version": "3"}]}
     with pytest.raises(Exception, match="expected tokens of policy version 3, got"):
         parse_choice(choice, 3)
