@@ -16,6 +16,7 @@ LINE_CHARACTERS = 500
 MESSAGE_CHARACTERS = 2500
 
 _TRACEBACK = "Traceback (most recent call last):"
+_TORCHRUN_LOG = "torch/distributed/elastic/"
 _LAUNCHERS = ("accelerate/commands/launch.py", "torch/distributed/run.py", "torch/distributed/launcher")
 
 
@@ -68,15 +69,17 @@ def crash(status: int, tail: list[str]) -> FailureNote:
 
 
 def digest(tail: list[str]) -> str:
-    """The end of what the ranks printed, without the tracebacks of the launchers above them, which say only that a rank failed."""
+    """The end of what the ranks printed. Tracebacks of the launchers above them say only that a rank failed, so they are left out,
+    as are torchrun's log lines and what several ranks printed alike."""
     blocks: list[list[str]] = [[]]
     for line in tail:
         if _TRACEBACK in line:
             blocks.append([])
-        blocks[-1].append(line)
-    of_ranks = [block for block in blocks if block and not any(name in line for line in block for name in _LAUNCHERS)]
-    lines = [line for block in (of_ranks or blocks) for line in block if line.strip()]
-    return "\n".join(lines)[-MESSAGE_CHARACTERS:]
+        if line.strip() and _TORCHRUN_LOG not in line:
+            blocks[-1].append(line)
+    different = list(dict.fromkeys(tuple(block) for block in blocks if block))
+    of_ranks = [block for block in different if not any(name in line for line in block for name in _LAUNCHERS)]
+    return "\n".join(line for block in (of_ranks or different) for line in block)[-MESSAGE_CHARACTERS:]
 
 
 def termination_message(note: FailureNote) -> str:

@@ -33,6 +33,9 @@ REFRESH_SECONDS = 0.25
 TAIL_LINES = 25
 TAIL_BYTES = 65536
 
+_SELF_EXPLAINING = (Reason.TERMINATED, Reason.TRAINER_CRASHED)
+"""Reasons whose log says nothing that their message does not; a crash's message holds its last lines."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -168,10 +171,10 @@ def report(result: dict[str, Any], outcome: Outcome, story: Story, folder: RunFo
         console.print(f"finished; everything is in {folder.output}", markup=False, highlight=False, soft_wrap=True)
         return
     log = folder.log(outcome.container)
-    if outcome.note.reason is not Reason.TERMINATED:
+    if outcome.note.reason not in _SELF_EXPLAINING:
         console.print(f"--- last lines of {log}", *tail(log), "---", sep="\n", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{outcome.note.reason}: {outcome.note.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-    console.print(outcome.note.reason.advice, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{outcome.note.reason.advice} Logs: {folder.logs}", markup=False, highlight=False, soft_wrap=True)
 
 
 def tail(path: Path) -> list[str]:

@@ -71,6 +71,12 @@ def test_a_crash_of_the_launcher_alone_shows_its_words() -> None:
     assert digest(lines).endswith("unknown key foo")
 
 
+def test_what_all_ranks_say_is_told_once_and_torchruns_log_not_at_all() -> None:
+    words = ["Traceback (most recent call last):", "  File train.py", "KeyError: 'answer'"]
+    log = "W1124 10:00 1 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 7 closing signal SIGTERM"
+    assert digest([*words, *words, log, *words]) == "\n".join(words)
+
+
 def test_the_tail_keeps_the_end_of_endless_output() -> None:
     tail = Tail()
     for number in range(1000):
