@@ -1,0 +1,163 @@
+"""vLLM's control routes, as typed blocking calls over HTTP on loopback.
+
+Each call is one request on its own connection, with a deadline and the name of its phase, and is never repeated: an update
+that was applied although its answer got lost must not be applied again behind the caller's back. What goes wrong ends as
+`WeightSyncFailed` with that name. The routes exist only in vLLM's development mode (VLLM_SERVER_DEV_MODE=1).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+from otj_runtime.pod.errors import GeneratorNotReady
+from otj_runtime.pod.names import SERVED_MODEL
+from otj_runtime.weights.errors import WeightSyncFailed
+
+DEADLINES = {
+    "init": 60.0,
+    "pause": 120.0,
+    "start": 60.0,
+    "update": 600.0,
+    "finish": 300.0,
+    "reset_prefix_cache": 60.0,
+    "resume": 60.0,
+    "score": 300.0,
+    "read": 30.0,
+}
+"""Seconds that each phase may take. `pause` waits for the engine step under way; `update` for the copy of all weights."""
+
+POLL_SECONDS = 0.25
+
+
+class GeneratorControl:
+    """Control of one vLLM server.
+
+    Args:
+        url: where it listens, such as http://127.0.0.1:8000.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+            raise ValueError(f"the generator's URL must look like http://host:port, not {url!r}")
+        self._host, self._port = parts.hostname, parts.port
+
+    # -- its state -------------------------------------------------------------------------------------------------------------
+
+    def healthy(self) -> bool:
+        """Whether the server answers and its engine lives."""
+        try:
+            self._call("read", "GET", "/health")
+        except WeightSyncFailed:
+            return False
+        return True
+
+    def wait_healthy(self, *, deadline_s: float) -> None:
+        """Return as soon as the server answers and its engine lives.
+
+        Raises:
+            GeneratorNotReady: when `deadline_s` seconds have passed.
+        """
+        end = time.monotonic() + deadline_s
+        while not self.healthy():
+            if time.monotonic() > end:
+                raise GeneratorNotReady(
+                    f"the generator at {self._host}:{self._port} did not answer within {deadline_s:.0f} s: read the log of container "
+                    "generator; a large model may need a higher generation.readyTimeoutSeconds"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def vllm_version(self) -> str:
+        """Version of the server, such as 0.32.0."""
+        return str(self._call("read", "GET", "/version")["version"])
+
+    def weight_version(self) -> str | None:
+        """Version of the weights it serves, as the last `finish` named it; `default` before that, None while it does not answer."""
+        try:
+            return str(self._call("read", "GET", "/weight_info")["weight_version"])
+        except WeightSyncFailed:
+            return None
+
+    # -- the phases of an update -----------------------------------------------------------------------------------------------
+
+    def init_transfer(self, path: str) -> None:
+        """Tell the workers where the mailbox is. May be repeated."""
+        self._call("init", "POST", "/init_weight_transfer_engine", {"init_info": {"path": path}})
+
+    def pause(self) -> None:
+        """Freeze generation after the current engine step; requests stay and go on after `resume`."""
+        self._call("pause", "POST", "/pause?mode=keep")
+
+    def start(self) -> None:
+        """Open an update."""
+        self._call("start", "POST", "/start_weight_update")
+
+    def update(self, version: int) -> None:
+        """Install `version` from the mailbox in every worker."""
+        self._call("update", "POST", "/update_weights", {"update_info": {"version": version}})
+
+    def finish(self, version: int) -> None:
+        """Close the update and label the weights."""
+        self._call("finish", "POST", "/finish_weight_update", {"weight_version": str(version)})
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what older weights computed. Frozen requests compute their prefix again, so no token mixes two versions' caches.
+
+        Raises:
+            WeightSyncFailed: also when vLLM answers that it could not.
+        """
+        answer = self._call("reset_prefix_cache", "POST", "/reset_prefix_cache?reset_running_requests=true")
+        if answer.get("success") is not True:
+            raise WeightSyncFailed(
+                f"reset_prefix_cache: vLLM could not forget the prefixes of older weights: {answer}", phase="reset_prefix_cache"
+            )
+
+    def resume(self) -> None:
+        """Go on generating."""
+        self._call("resume", "POST", "/resume")
+
+    # -- the probe -------------------------------------------------------------------------------------------------------------
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probability of each token but the first of each sequence, given those before it; raw, at temperature 1."""
+        body = {"model": SERVED_MODEL, "prompt": sequences, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        choices = sorted(self._call("score", "POST", "/v1/completions", body)["choices"], key=lambda choice: int(choice["index"]))
+        return [
+            [float(position[str(token)]["logprob"]) for token, position in zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)]
+            for tokens, choice in zip(sequences, choices, strict=True)
+        ]
+
+    # -- HTTP ------------------------------------------------------------------------------------------------------------------
+
+    def _call(self, phase: str, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One request; its answer as JSON ({} for an empty one)."""
+        connection = HTTPConnection(self._host, self._port, timeout=DEADLINES[phase])
+        try:
+            payload = None if body is None else json.dumps(body)
+            connection.request(method, route, payload, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            status, text = response.status, response.read().decode(errors="replace")
+        except TimeoutError as error:
+            raise WeightSyncFailed(
+                f"{phase}: the generator did not answer {method} {route} in {DEADLINES[phase]:.0f} s", phase=phase
+            ) from error
+        except (OSError, HTTPException) as error:
+            raise WeightSyncFailed(f"{phase}: no connection to the generator for {method} {route}: {error!r}", phase=phase) from error
+        finally:
+            connection.close()
+        if status != 200:
+            raise WeightSyncFailed(f"{phase}: the generator answered {method} {route} with {status}: {_brief(text)}", phase=phase)
+        answer = json.loads(text) if text.strip() else {}
+        return answer if isinstance(answer, dict) else {"answer": answer}
+
+
+def _brief(text: str) -> str:
+    """What an error answer says, without its wrapping."""
+    try:
+        return str(json.loads(text)["error"]["message"])[:1000]
+    except (ValueError, KeyError, TypeError):
+        return text[:1000]

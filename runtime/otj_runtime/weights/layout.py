@@ -1,0 +1,198 @@
+"""The mailbox file, byte by byte. Pure: descriptions and their packing, no I/O.
+
+    0                header       magic, format, where everything lies, digest
+    1024, 2048       records      one per slot: version, sequence, digest of the slot's sums, digest
+    4096             manifest     JSON: name, dtype, shape, offset of each tensor
+    after it         sums         per slot and tensor: sequence of the write, digest of the bytes
+    page aligned     slot 0       the tensors, each aligned to 256 bytes
+    page aligned     slot 1
+
+Numbers are little endian. Digests are XXH3-64: 25 ms for 538 MB on one core, where CRC-32 takes 180 to 490 ms.
+A record counts only if its own digest fits, so a torn record is no record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+import xxhash
+
+from otj_runtime.weights.errors import MailboxError
+
+MAGIC = int.from_bytes(b"OTJMBOX\0", "little")
+FORMAT = 1
+PAGE = 4096
+ALIGNMENT = 256
+SLOTS = 2
+SUM_BYTES = 16
+
+_HEADER = struct.Struct("<QQQQQQQ")  # magic, format, manifest bytes, manifest digest, sums offset, slots offset, slot bytes
+_RECORD = struct.Struct("<qQQ")  # version, sequence, digest of the sums
+_DIGEST = struct.Struct("<Q")
+
+
+def digest(data: bytes | bytearray | memoryview) -> int:
+    """XXH3-64 of `data`."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: `dtype` by torch's name without its module, `offset` in bytes from the start of the slot."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch knows it."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.count * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a mailbox and where everything lies in its file."""
+
+    tensors: tuple[TensorEntry, ...]
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> Layout:
+        """A layout that holds tensors of these names and shapes in `dtype`."""
+        entries = []
+        offset = 0
+        for name, shape in tensors:
+            entry = TensorEntry(name=name, dtype=str(dtype).removeprefix("torch."), shape=tuple(shape), offset=offset)
+            entries.append(entry)
+            offset = _aligned(offset + entry.nbytes, ALIGNMENT)
+        return cls(tuple(entries))
+
+    @cached_property
+    def manifest(self) -> bytes:
+        """The tensors as JSON."""
+        return json.dumps([asdict(entry) for entry in self.tensors], separators=(",", ":")).encode()
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all tensors, without gaps."""
+        return sum(entry.nbytes for entry in self.tensors)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return max(_aligned(max((entry.offset + entry.nbytes for entry in self.tensors), default=0), PAGE), PAGE)
+
+    @property
+    def sums_offset(self) -> int:
+        """Where the sums of slot 0 begin."""
+        return _aligned(PAGE + len(self.manifest), ALIGNMENT)
+
+    @property
+    def sums_bytes(self) -> int:
+        """Bytes of one slot's sums."""
+        return len(self.tensors) * SUM_BYTES
+
+    @property
+    def slots_offset(self) -> int:
+        """Where slot 0 begins."""
+        return _aligned(self.sums_offset + SLOTS * self.sums_bytes, PAGE)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.slots_offset + SLOTS * self.slot_bytes
+
+    def head(self) -> bytes:
+        """Header and manifest, as they stand at the start of the file; the records between them are empty."""
+        manifest = self.manifest
+        fields = (MAGIC, FORMAT, len(manifest), digest(manifest), self.sums_offset, self.slots_offset, self.slot_bytes)
+        return _sealed(_HEADER.pack(*fields)).ljust(PAGE, b"\0") + manifest
+
+    @classmethod
+    def read(cls, data: memoryview, path: str) -> Layout:
+        """The layout that a file describes itself with.
+
+        Raises:
+            MailboxError: if the file is no mailbox, of another format, damaged or too short.
+        """
+        fields = _unsealed(data, _HEADER)
+        if fields is None or fields[0] != MAGIC:
+            raise MailboxError(f"{path} is no mailbox: its header is damaged or missing")
+        _, version, size, expected, sums_offset, slots_offset, slot_bytes = fields
+        if version != FORMAT:
+            raise MailboxError(f"{path} is a mailbox of format {version}, this runtime reads format {FORMAT}: use one image for both sides")
+        manifest = data[PAGE : PAGE + size]
+        if digest(manifest) != expected:
+            raise MailboxError(f"{path}: the manifest does not fit its checksum")
+        layout = cls(tuple(TensorEntry(**(entry | {"shape": tuple(entry["shape"])})) for entry in json.loads(bytes(manifest))))
+        stated, derived = (sums_offset, slots_offset, slot_bytes), (layout.sums_offset, layout.slots_offset, layout.slot_bytes)
+        if stated != derived or len(data) < layout.file_bytes:
+            raise MailboxError(f"{path}: {len(data)} bytes laid out as {stated} do not hold what the manifest lists ({derived})")
+        return layout
+
+
+@dataclass(frozen=True)
+class Record:
+    """A published version. `sequence` counts publications, because a version may be published again or a run may go back."""
+
+    version: int
+    sequence: int
+    sums_digest: int
+
+    SIZE = _RECORD.size + _DIGEST.size
+
+    @staticmethod
+    def offset(slot: int) -> int:
+        """Where the record of `slot` lies. Records are far apart, so that one damaged block cannot hold both."""
+        return PAGE // 4 * (slot + 1)
+
+    def pack(self) -> bytes:
+        """The record as it stands in the file."""
+        return _sealed(_RECORD.pack(self.version, self.sequence, self.sums_digest))
+
+    @classmethod
+    def read(cls, data: memoryview, slot: int) -> Record | None:
+        """The record of `slot`, or None if there is no whole one."""
+        fields = _unsealed(data[cls.offset(slot) :], _RECORD)
+        return None if fields is None else cls(*fields)
+
+
+def newest(data: memoryview) -> tuple[int, Record] | None:
+    """Slot and record of the latest publication, or None."""
+    found = [(slot, record) for slot in range(SLOTS) if (record := Record.read(data, slot)) is not None]
+    return max(found, key=lambda pair: pair[1].sequence, default=None)
+
+
+def _sealed(packed: bytes) -> bytes:
+    return packed + _DIGEST.pack(digest(packed))
+
+
+def _unsealed(data: memoryview, form: struct.Struct) -> tuple[int, ...] | None:
+    """Fields of a sealed structure, or None if it is too short or its digest does not fit."""
+    if len(data) < form.size + _DIGEST.size:
+        return None
+    packed = bytes(data[: form.size])
+    (expected,) = _DIGEST.unpack_from(data, form.size)
+    return form.unpack(packed) if digest(packed) == expected else None
+
+
+def _aligned(offset: int, to: int) -> int:
+    return -(-offset // to) * to

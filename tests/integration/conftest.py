@@ -1,0 +1,137 @@
+"""Real vLLM servers for the tests, each started once per run with the very command line of the generator container."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from otj_runtime.api import OnlineTrainingJob
+from otj_runtime.pod.commands import generator_command, generator_environment
+from otj_runtime.pod.config import Layout, PodConfig, resolve
+from otj_runtime.weights.control import GeneratorControl
+from tests.integration.models import make_tiny_model
+
+START_SECONDS = 240.0
+
+
+class Generator:
+    """One vLLM server in its own process group.
+
+    Attributes:
+        model: folder of the model it serves, with dummy weights.
+        config: the configuration of the pod that it stands for.
+        control: its control routes.
+    """
+
+    def __init__(self, model: Path, *, dtype: str, scratch: Path, shared_memory: Path) -> None:
+        self.model = model
+        self._job = OnlineTrainingJob.model_validate(_job(model, dtype))
+        layout = Layout(shared_memory=str(shared_memory), scratch=str(scratch), generator_port=_free_port())
+        self.config: PodConfig = resolve(self._job, layout, output=str(scratch / "output"))
+        self.control = GeneratorControl(self.config.generator_url)
+        self.log = scratch / "generator.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return self.config.generator_url
+
+    def start(self) -> None:
+        """Start the server's process; it answers some time later."""
+        command = generator_command(self._job, self.config)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *command[1:]],
+                env=os.environ | generator_environment(self.config),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Return when it answers.
+
+        Raises:
+            AssertionError: with the end of its log, if it does not.
+        """
+        end = time.monotonic() + START_SECONDS
+        while not self.control.healthy():
+            ended = self._process is None or self._process.poll() is not None
+            if ended or time.monotonic() > end:
+                raise AssertionError(f"the generator {'ended' if ended else 'did not answer'}:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        """End the server and everything it started, as a lost container would."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Generator]]:
+    """`generator(model_dir, dtype="float32")`: a server of that model that answers; the same one for the same arguments."""
+    started: dict[tuple[Path, str], Generator] = {}
+    shared_memory = Path(tempfile.mkdtemp(prefix="otj-test-", dir="/dev/shm"))
+
+    def get(model: Path, dtype: str = "float32") -> Generator:
+        key = (model, dtype)
+        if key not in started:
+            scratch = tmp_path_factory.mktemp("generator")
+            shared = shared_memory / str(len(started))
+            started[key] = Generator(model, dtype=dtype, scratch=scratch, shared_memory=shared)
+        started[key].wait()
+        return started[key]
+
+    yield get
+    for server in started.values():
+        server.kill()
+    shutil.rmtree(shared_memory)
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose output layer is its embedding."""
+    return make_tiny_model(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with an output layer of its own."""
+    return make_tiny_model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+def _job(model: Path, dtype: str) -> dict[str, object]:
+    return {
+        "apiVersion": "onlinetraining.dev/v1alpha1",
+        "kind": "OnlineTrainingJob",
+        "metadata": {"name": "test"},
+        "spec": {
+            "algorithm": "GRPO",
+            "model": {"path": str(model)},
+            "dataset": {"task": "copy"},
+            "gpus": 2,
+            "accelerator": {"device": "cpu"},
+            "generation": {"dtype": dtype, "maxModelLen": 128},
+        },
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,40 @@
+"""Tiny models with random weights and a tokenizer, as folders that transformers and vLLM load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+VOCABULARY = 256
+
+
+def make_tiny_model(directory: Path, *, tied: bool, seed: int = 0) -> Path:
+    """A Qwen3 of two layers and width 64 in `directory`: 100 to 150 thousand parameters, every family of a real one."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,  # the smallest that attention of vLLM on CPU knows
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        # Large enough that every parameter moves the log-probabilities by more than the probe's bound.
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    words = WordLevel({"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}, unk_token="</s>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(directory)
+    return directory
