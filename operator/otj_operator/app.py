@@ -6,7 +6,6 @@ object to the controller and returns, for kopf runs them one after the other for
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -24,9 +23,9 @@ TOKEN_SECONDS = 600
 """A service account's token is read again this often; the kubelet renews it long before it expires."""
 
 
-async def watch(controller: Controller, *, stop: asyncio.Event) -> None:
-    """Feed `controller` from watches until `stop` is set or the process is told to end."""
-    await kopf.operator(registry=build_registry(controller), settings=build_settings(), clusterwide=True, standalone=True, stop_flag=stop)
+async def watch(controller: Controller) -> None:
+    """Feed `controller` from watches until the process is told to end by SIGTERM or SIGINT."""
+    await kopf.operator(registry=build_registry(controller), settings=build_settings(), clusterwide=True, standalone=True)
 
 
 def build_registry(controller: Controller) -> kopf.OperatorRegistry:

@@ -80,9 +80,9 @@ async def check_crd(cluster: Cluster) -> None:
 
 async def _lead(controller: Controller, leadership: Leadership, stop: asyncio.Event) -> None:
     await controller.listed()
-    # kopf takes over the signals: that its watches end without an error means that the process was told to stop. It comes last,
-    # because at its end it waits for every task that began after it.
-    await _first(controller.run(), _keep_or_end(leadership), app.watch(controller, stop=stop))
+    # kopf takes over the signals once it runs: that its watches end without an error means that the process was told to stop. It
+    # comes last, because at its end it waits five seconds for every task that began after it.
+    await _first(stop.wait(), controller.run(), _keep_or_end(leadership), app.watch(controller))
     logger.info("stopped")
 
 

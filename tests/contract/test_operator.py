@@ -132,3 +132,18 @@ def test_a_job_of_an_earlier_run_of_the_same_name_is_waited_for(server: ApiServe
     assert "Waiting until the Job default/again of an earlier run is gone" in waiting["message"]
     server.kubectl("delete", "job", "again")  # no garbage collector runs here
     run.created()
+
+
+def test_the_pods_of_a_job_are_allowed_where_the_restricted_standard_is_enforced(server: ApiServer) -> None:
+    server.kubectl("create", "namespace", "strict")
+    server.kubectl("label", "namespace", "strict", "pod-security.kubernetes.io/enforce=restricted")
+    template = Run(server, "harmless").created()["spec"]["template"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "harmless", "namespace": "strict"}, "spec": template["spec"]}
+    server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
+
+
+def test_the_operators_own_pod_is_allowed_in_its_namespace(server: ApiServer) -> None:
+    path = ("deployment", "online-training-operator", "-n", "online-training-system", "-o", "json")
+    spec = json.loads(server.kubectl("get", *path))["spec"]["template"]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "try", "namespace": "online-training-system"}, "spec": spec}
+    server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))

@@ -1,0 +1,62 @@
+"""The cache: late, doubled and missing events do no harm."""
+
+from __future__ import annotations
+
+import pytest
+
+from otj_operator.controller.cache import Shelf
+from otj_operator.plan import JobView, Key
+from tests.unit.operator.objects import job
+
+KEY = Key("default", "run")
+
+
+@pytest.fixture
+def shelf() -> Shelf[JobView]:
+    return Shelf()
+
+
+def test_an_older_version_never_replaces_a_newer_one(shelf: Shelf[JobView]) -> None:
+    newer = job(version=9, suspend=True)
+    assert shelf.put(newer)
+    assert not shelf.put(job(version=8))
+    assert not shelf.put(job(version=9))
+    assert shelf.of(KEY) == (newer,)
+
+
+def test_the_deletion_of_a_predecessor_does_not_remove_its_successor(shelf: Shelf[JobView]) -> None:
+    old, new = job(uid="old", version=1), job(uid="new", version=5)
+    shelf.put(old)
+    shelf.put(new)
+    shelf.remove(old)
+    assert shelf.newest(KEY) == new
+
+
+def test_a_listing_removes_what_was_deleted_unseen(shelf: Shelf[JobView]) -> None:
+    shelf.put(job(version=3))
+    shelf.begin_listing()
+    assert shelf.take([], "10") == {KEY}
+    assert shelf.of(KEY) == ()
+
+
+def test_a_listing_leaves_what_was_made_after_it(shelf: Shelf[JobView]) -> None:
+    shelf.begin_listing()
+    made = job(version=11)
+    shelf.put(made)
+    assert shelf.take([], "10") == set()
+    assert shelf.of(KEY) == (made,)
+
+
+def test_a_listing_does_not_bring_back_what_was_deleted_during_it(shelf: Shelf[JobView]) -> None:
+    listed = job(version=3)
+    shelf.put(listed)
+    shelf.begin_listing()
+    shelf.remove(listed)
+    assert shelf.take([listed], "10") == set()
+    assert shelf.of(KEY) == ()
+
+
+def test_a_listing_that_tells_nothing_new_concerns_nobody(shelf: Shelf[JobView]) -> None:
+    shelf.put(job(version=3))
+    shelf.begin_listing()
+    assert shelf.take([job(version=3)], "10") == set()

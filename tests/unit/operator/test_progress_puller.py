@@ -1,0 +1,135 @@
+"""Pulling progress: from real HTTP servers, well-behaved ones and others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from otj_operator.controller.progress import ANSWER_LIMIT, ProgressPuller
+from otj_operator.controller.settings import Settings
+from otj_operator.plan import Key, PollTarget
+from otj_runtime.api import Progress
+from otj_runtime.pod.metrics import LauncherReport
+
+KEY = Key("default", "run")
+SETTINGS = Settings(runtime_image="x", progress_seconds=0.02, progress_timeout_seconds=0.2)
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Launcher:
+    """A server that answers with `answer`, and tells of each question."""
+
+    def __init__(self) -> None:
+        self.asked: asyncio.Queue[None] = asyncio.Queue()
+        self.answer: Answer = self.step(0)
+
+    def step(self, number: int) -> Answer:
+        report = LauncherReport(phase="training", generator_ready=True, progress=Progress(step=number))
+
+        async def answer(_: web.Request) -> web.Response:
+            return web.json_response(report.to_wire())
+
+        return answer
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.asked.put_nowait(None)
+        return await self.answer(request)
+
+
+@asynccontextmanager
+async def pulling() -> AsyncIterator[tuple[ProgressPuller, Launcher, asyncio.Queue[Key], PollTarget]]:
+    launcher, changes = Launcher(), asyncio.Queue[Key]()
+    app = web.Application()
+    app.router.add_get("/progress", launcher.handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    puller = ProgressPuller(SETTINGS, changed=changes.put_nowait)
+    async with aiohttp.ClientSession() as session:
+        worker = asyncio.create_task(puller.work(session))
+        yield puller, launcher, changes, PollTarget(pod_uid="pod-1", url=f"http://127.0.0.1:{port}/progress")
+        assert not worker.done(), "the worker died"
+        worker.cancel()
+    await runner.cleanup()
+
+
+async def test_each_new_report_wakes_the_job_and_the_same_one_does_not() -> None:
+    async with asyncio.timeout(10), pulling() as (puller, launcher, changes, target):
+        puller.follow(KEY, target)
+        assert await changes.get() == KEY
+        for _ in range(4):
+            await launcher.asked.get()
+        assert changes.empty()
+        launcher.answer = launcher.step(7)
+        await changes.get()
+        report = puller.report_of(KEY)
+        assert report is not None
+        assert (report.pod_uid, report.body.progress.step) == ("pod-1", 7)
+
+
+async def test_a_launcher_that_is_not_followed_any_more_is_not_asked() -> None:
+    async with asyncio.timeout(10), pulling() as (puller, launcher, changes, target):
+        puller.follow(KEY, target)
+        await changes.get()
+        puller.follow(KEY, None)
+        await asyncio.sleep(0.05)  # one question may be on its way
+        asked = launcher.asked.qsize()
+        await asyncio.sleep(0.2)
+        assert launcher.asked.qsize() == asked
+        assert puller.report_of(KEY) is not None, "the last report outlives the launcher"
+        puller.forget(KEY)
+        assert puller.report_of(KEY) is None
+
+
+async def _slow(_: web.Request) -> web.Response:
+    await asyncio.sleep(5)
+    return web.Response()
+
+
+async def _endless(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(b" " * (2 * ANSWER_LIMIT))
+    return response
+
+
+async def _text(_: web.Request) -> web.Response:
+    return web.Response(text="hello")
+
+
+async def _elsewhere(_: web.Request) -> web.Response:
+    raise web.HTTPFound("http://127.0.0.1:1/metadata")
+
+
+async def _too_long(_: web.Request) -> web.Response:
+    return web.json_response({"phase": "training", "generatorReady": True, "progress": {"reward": "9" * 10_000}})
+
+
+async def _broken(_: web.Request) -> web.Response:
+    raise web.HTTPInternalServerError
+
+
+@pytest.mark.parametrize("answer", [_slow, _endless, _text, _elsewhere, _too_long, _broken], ids=lambda answer: answer.__name__)
+async def test_a_launcher_that_misbehaves_changes_nothing_and_is_asked_again(answer: Answer) -> None:
+    async with asyncio.timeout(10), pulling() as (puller, launcher, changes, target):
+        launcher.answer = answer
+        puller.follow(KEY, target)
+        for _ in range(2):
+            await launcher.asked.get()
+        assert (puller.report_of(KEY), changes.empty()) == (None, True)
+        launcher.answer = launcher.step(1)
+        assert await changes.get() == KEY
+
+
+def test_the_report_is_what_the_launcher_is_said_to_write() -> None:
+    report = LauncherReport(phase="starting", generator_ready=False)
+    assert json.loads(json.dumps(report.to_wire())) == {"phase": "starting", "generatorReady": False, "progress": {}, "metrics": {}}
