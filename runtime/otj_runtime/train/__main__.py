@@ -11,6 +11,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import FailureNote, RunError, Terminated, exit_code
 from otj_runtime.train.assemble import Run, build_run
@@ -57,6 +59,7 @@ def _answer(run: Run) -> None:
 
 def main() -> int:
     """Exit code of the rank, by the reason of its failure."""
+    disable_progress_bar()  # a log is no terminal
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     rank = int(os.environ.get("RANK", "0"))
     config = PodConfig.from_environment()

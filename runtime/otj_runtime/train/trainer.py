@@ -175,7 +175,9 @@ class OnlineTrainer(Trainer):
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:  # type: ignore[override]
         return inputs.to(self.accelerator.device)
 
-    def compute_loss(self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """The method's loss of one micro-batch, divided by what the whole step counts."""
         logprobs = completion_logprobs(model, inputs, temperature=self.config.temperature)
         reference_logprobs = None
