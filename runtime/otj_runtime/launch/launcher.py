@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from otj_runtime.data.model import check_folder
 from otj_runtime.launch import accelerate, preflight, server, verdict
 from otj_runtime.launch.board import Board
 from otj_runtime.launch.generator import GeneratorWatch
@@ -64,7 +65,7 @@ class Launcher:
     async def _run(self) -> FailureNote | None:
         become_subreaper()
         self._listen_for_signals()
-        preflight.check_model(Path(self._config.model_path))
+        check_folder(Path(self._config.model_path))
         _make_empty(self._directory)
         app = server.build_app(self._board, server.write_token(self._directory))
         runner = await server.serve(app, host=self._config.progress_host, port=self._config.progress_port)
@@ -98,7 +99,7 @@ class Launcher:
                 [
                     self._generator.run(),
                     self._watch_progress(started=time.monotonic()),
-                    preflight.check_rewards(self._config.rewards),
+                    preflight.check_rewards(self._config),
                     self._obey_signals(),
                 ],
             )

@@ -1,61 +1,53 @@
-"""What can be known to be wrong before anything large is loaded: the model's folder and the imports of rewards.
-
-Rewards are a user's code, so a child process imports them: it may take long, print, or end the interpreter.
-"""
+"""Importing the rewards before anything large is loaded, in a process of their own: they are a user's code, which may take long,
+print, or end the interpreter. What is checked is what the ranks will do themselves, so the two cannot disagree."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from pathlib import Path
 
-from otj_runtime.api.spec import RewardSpec
-from otj_runtime.pod.errors import ModelNotFound, RewardImportFailed
+from otj_runtime.pod.config import PodConfig
+from otj_runtime.pod.errors import DatasetInvalid, ExitCode, RewardImportFailed, RunError, exit_code
+from otj_runtime.rewards import load_rewards
 
 IMPORT_SECONDS = 120.0
 
-_IMPORT = """
-import importlib, sys
-for path in sys.argv[1:]:
-    module, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name)
-        if not callable(function):
-            raise TypeError(f"{name} is a {type(function).__name__}, no function")
-    except BaseException as error:
-        print(f"{path}: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
-"""
 
-
-def check_model(path: Path) -> None:
-    """Raise ModelNotFound unless `path` is a folder with a transformers configuration."""
-    if not path.is_dir():
-        raise ModelNotFound(f"model folder {path} does not exist: check spec.model.path and the volume mounted there")
-    if not (path / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise ModelNotFound(f"model folder {path} holds no config.json (found: {found}): spec.model.path must be a transformers model")
-
-
-async def check_rewards(rewards: list[RewardSpec]) -> None:
-    """Import every reward function.
+async def check_rewards(config: PodConfig) -> None:
+    """Load the job's rewards as the ranks do, and forget them.
 
     Raises:
-        RewardImportFailed: naming the first that cannot be imported, or that none was within IMPORT_SECONDS.
+        RewardImportFailed: naming the function that cannot be loaded, or all of them after IMPORT_SECONDS.
+        DatasetInvalid: if they are those of a built-in task that does not exist.
     """
-    paths = [reward.function for reward in rewards]
-    if not paths:
-        return
+    pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _IMPORT, *paths, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        sys.executable, "-m", "otj_runtime.launch.preflight", stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe
     )
     try:
-        _, errors = await asyncio.wait_for(child.communicate(), IMPORT_SECONDS)
+        _, errors = await asyncio.wait_for(child.communicate(config.model_dump_json(by_alias=True).encode()), IMPORT_SECONDS)
     except TimeoutError:
-        raise RewardImportFailed(f"importing {', '.join(paths)} took longer than {IMPORT_SECONDS:.0f} s") from None
+        names = ", ".join(reward.function for reward in config.rewards)
+        raise RewardImportFailed(f"importing {names} took longer than {IMPORT_SECONDS:.0f} s") from None
     finally:
         if child.returncode is None:
             child.kill()
     if child.returncode != 0:
-        lines = errors.decode(errors="replace").strip().splitlines() or [f"the import ended with status {child.returncode}"]
-        raise RewardImportFailed(f"spec.rewards: {lines[-1]}"[:3500])
+        lines = errors.decode(errors="replace").strip().splitlines()
+        message = lines[-1] if lines else f"importing the rewards ended the interpreter with status {child.returncode}"
+        raise (DatasetInvalid if child.returncode == ExitCode.DATASET_INVALID else RewardImportFailed)(message)
+
+
+def main() -> int:
+    """Load the rewards of the configuration on standard input; on failure, say why in the last line of standard error."""
+    config = PodConfig.model_validate_json(sys.stdin.read())
+    try:
+        load_rewards(config.rewards, task=config.dataset.task)
+    except RunError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return exit_code(error.reason)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

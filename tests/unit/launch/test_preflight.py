@@ -1,44 +1,44 @@
-"""User errors that show before anything large is loaded."""
+"""Rewards that cannot be had, found before anything large is loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from otj_runtime.api.spec import RewardSpec
-from otj_runtime.launch.preflight import check_model, check_rewards
-from otj_runtime.pod.errors import ModelNotFound, RewardImportFailed
+from otj_runtime.api.spec import DatasetSpec, RewardSpec
+from otj_runtime.launch.preflight import check_rewards
+from otj_runtime.pod.config import PodConfig
+from otj_runtime.pod.errors import DatasetInvalid, RewardImportFailed
+from tests.unit.launch.test_accelerate import config_of
 
 
-def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match=r"nowhere does not exist: check spec\.model\.path"):
-        check_model(tmp_path / "nowhere")
+def config_with(*functions: str, **changes: Any) -> PodConfig:
+    """The configuration of a job with these rewards."""
+    return config_of().model_copy(update={"rewards": [RewardSpec(function=function) for function in functions]} | changes)
 
 
-def test_a_folder_that_is_no_model_shows_what_it_holds(tmp_path: Path) -> None:
-    (tmp_path / "weights.gguf").touch()
-    with pytest.raises(ModelNotFound, match=r"no config\.json \(found: weights\.gguf\)"):
-        check_model(tmp_path)
+async def test_rewards_that_can_be_loaded_pass() -> None:
+    await check_rewards(config_with("otj_runtime.rewards.exact_match"))
 
 
-def test_a_model_folder_passes(tmp_path: Path) -> None:
-    (tmp_path / "config.json").touch()
-    check_model(tmp_path)
+async def test_the_reward_of_a_built_in_task_passes() -> None:
+    await check_rewards(config_with())
 
 
-async def test_importable_rewards_pass() -> None:
-    await check_rewards([RewardSpec(function="math.sqrt"), RewardSpec(function="os.path:join")])
+async def test_a_reward_that_cannot_be_imported_is_named() -> None:
+    with pytest.raises(RewardImportFailed, match="nowhere"):
+        await check_rewards(config_with("otj_runtime.rewards.exact_match", "nowhere.reward"))
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("no_such_module.reward", "no_such_module.reward: ModuleNotFoundError"),
-        ("math.no_such_function", "math.no_such_function: AttributeError"),
-        ("math.pi", "math.pi: TypeError: pi is a float"),
-    ],
-)
-async def test_a_reward_that_cannot_be_imported_is_named(function: str, message: str) -> None:
-    with pytest.raises(RewardImportFailed, match=message):
-        await check_rewards([RewardSpec(function="math.sqrt"), RewardSpec(function=function)])
+async def test_a_task_that_does_not_exist_is_no_reward_error() -> None:
+    with pytest.raises(DatasetInvalid, match="juggle"):
+        await check_rewards(config_with(dataset=DatasetSpec(task="juggle")))
+
+
+async def test_a_reward_module_that_ends_the_interpreter_harms_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deadly.py").write_text("import os; os._exit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RewardImportFailed, match="ended the interpreter with status 3"):
+        await check_rewards(config_with("deadly.reward"))
