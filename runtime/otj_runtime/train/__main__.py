@@ -59,7 +59,7 @@ def _answer(run: Run) -> None:
 
 def main() -> int:
     """Exit code of the rank, by the reason of its failure."""
-    disable_progress_bar()  # a log is no terminal
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is no terminal
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     rank = int(os.environ.get("RANK", "0"))
     config = PodConfig.from_environment()

@@ -114,8 +114,11 @@ class OnlineTrainer(Trainer):
         version = self.state.global_step
         if self.weights is None or self._pushed_version == version:
             return
+        report = self.weights.push(version)
+        if self._syncs == 0:
+            self._step_began = time.monotonic()  # the first push waits for the generator's start, which is no part of a step
         self._syncs += 1
-        self.meters.add(self.weights.push(version).metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
+        self.meters.add(report.metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
         self._pushed_version = version
 
     def get_train_dataloader(self) -> PromptLoader:
