@@ -22,7 +22,7 @@ from otj_operator import app, logs
 from otj_operator.controller import Controller, Settings
 from otj_operator.crd.definition import NAME as CRD_NAME
 from otj_operator.health import health_server
-from otj_operator.kube import CUSTOM_RESOURCE_DEFINITIONS, Cluster, Leadership, load_configuration
+from otj_operator.kube import CUSTOM_RESOURCE_DEFINITIONS, ApiError, Cluster, Leadership, load_configuration
 from otj_runtime.api import VERSION
 
 logger = logging.getLogger("otj_operator")
@@ -47,7 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         resync_seconds=options.resync_seconds,
         progress_seconds=options.progress_seconds,
     )
-    asyncio.run(run(settings))
+    try:
+        asyncio.run(run(settings))
+    except ApiError as error:
+        logger.error("the API server does not answer as it must: %s", error)
+        raise SystemExit(1) from error
 
 
 async def run(settings: Settings) -> None:

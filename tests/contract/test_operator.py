@@ -100,6 +100,14 @@ def test_a_job_deleted_by_hand_is_not_run_again(server: ApiServer, kubelet: Kube
     assert server.kubectl("get", "job", "lost", "--ignore-not-found") == ""
 
 
+def test_a_job_that_is_removed_the_moment_it_ends_has_still_succeeded(server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(server, "brief", {"ttlSecondsAfterFinished": 0})
+    run.created()
+    kubelet.end_job("brief", "Complete", reason="CompletionsReached")
+    server.kubectl("delete", "job", "brief")
+    run.wait("Succeeded")
+
+
 def test_a_suspended_job_is_created_suspended_and_says_so(server: ApiServer) -> None:
     run = Run(server, "paused", {"suspend": True})
     assert run.created()["spec"]["suspend"] is True

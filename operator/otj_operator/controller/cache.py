@@ -90,6 +90,23 @@ class Cache:
         self.parents: Shelf[Parent] = Shelf()
         self.jobs: Shelf[JobView] = Shelf()
         self.pods: Shelf[PodView] = Shelf()
+        self._ends: dict[Key, JobView] = {}
+
+    def remove_job(self, view: JobView) -> None:
+        """Forget a Job, but not how it ended: ttlSecondsAfterFinished may remove it before anybody has read its end."""
+        self.jobs.remove(view)
+        if view.ended:
+            self._ends[view.key] = view
+
+    def job_of(self, parent: Parent) -> JobView | None:
+        """The Job of `parent`, or its end if it is gone, or else whatever Job has the name."""
+        candidates = (*self.jobs.of(parent.key), *filter(None, [self._ends.get(parent.key)]))
+        own = (job for job in candidates if job.owner is not None and job.owner.uid == parent.uid)
+        return next(own, None) or self.jobs.newest(parent.key)
+
+    def forget_end(self, key: Key) -> None:
+        """The end of the Job of `key` is written down, or nobody asks for it any more."""
+        self._ends.pop(key, None)
 
 
 def _version(view: View) -> int:

@@ -53,7 +53,12 @@ class Controller:
 
     def job_changed(self, raw: Object, *, deleted: bool) -> None:
         """A watch told of a Job."""
-        self._changed(self._cache.jobs, JobView.of(raw), deleted)
+        view = JobView.of(raw)
+        if deleted:
+            self._cache.remove_job(view)
+            self._queue.add(view.key)
+        else:
+            self._changed(self._cache.jobs, view, False)
 
     def pod_changed(self, raw: Object, *, deleted: bool) -> None:
         """A watch told of a pod."""

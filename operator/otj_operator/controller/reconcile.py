@@ -9,10 +9,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from otj_operator.controller.cache import Cache
 from otj_operator.kube import EVENTS, JOBS, ONLINE_TRAINING_JOBS, ApiError, Cluster
 from otj_operator.plan import Create, JobView, Key, Look, Observed, Parent, Refusal, RefusalKind, Report, Settle, plan
+from otj_operator.plan.draft import finished
 from otj_operator.plan.events import Event, event_object
 from otj_operator.plan.planner import taken
 from otj_runtime.api import API_VERSION, KIND
@@ -20,6 +22,8 @@ from otj_runtime.pod.manifest import Manifest
 from otj_runtime.pod.names import MANAGED_BY
 
 logger = logging.getLogger(__name__)
+
+Object = dict[str, Any]
 
 
 class Reconciler:
@@ -38,10 +42,11 @@ class Reconciler:
         parent = self._cache.parents.newest(key)
         if parent is None:
             self._written.pop(key, None)
+            self._cache.forget_end(key)
             return None
         observed = Observed(
             parent=parent,
-            job=self._job(key, parent),
+            job=self._cache.job_of(parent),
             pods=self._cache.pods.of(key),
             report=self._report_of(key),
             written_at=self._written.get(key),
@@ -56,12 +61,6 @@ class Reconciler:
                     await self._settle(observed.parent, settled)
                     return settled
         raise AssertionError(f"{key}: a plan that asks for more than one look and one creation")
-
-    def _job(self, key: Key, parent: Parent) -> JobView | None:
-        """The Job of this name; our own, should there be two for a moment."""
-        jobs = self._cache.jobs.of(key)
-        own = (job for job in jobs if job.owner is not None and job.owner.uid == parent.uid)
-        return next(own, None) or self._cache.jobs.newest(key)
 
     async def _look(self, observed: Observed) -> Observed:
         key = observed.parent.key
@@ -93,20 +92,25 @@ class Reconciler:
         return replace(observed, refusal=Refusal(kind=kinds[error.status], message=f"The API server refused the Job: {error.message}"))
 
     async def _settle(self, parent: Parent, settled: Settle) -> None:
-        if settled.status is None:
-            return
+        key = parent.key
+        if settled.status is not None:
+            await self._write(parent, settled.status)
+        if finished(settled.status or parent.status):
+            self._cache.forget_end(key)
+        for event in settled.events:
+            await self._tell(parent, event)
+
+    async def _write(self, parent: Parent, status: Object) -> None:
         key = parent.key
         raw = await self._cluster.set_status(
             ONLINE_TRAINING_JOBS,
             namespace=key.namespace,
             name=key.name,
-            status=settled.status,
+            status=status,
             resource_version=parent.resource_version,
         )
         self._written[key] = datetime.now(UTC)
         self._cache.parents.put(Parent.of(raw))
-        for event in settled.events:
-            await self._tell(parent, event)
 
     async def _tell(self, parent: Parent, event: Event) -> None:
         involved = {"apiVersion": API_VERSION, "kind": KIND, "namespace": parent.key.namespace, "name": parent.key.name, "uid": parent.uid}

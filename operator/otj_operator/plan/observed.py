@@ -89,6 +89,11 @@ class JobView:
     failed: JobEnd | None
     failing: JobEnd | None
 
+    @property
+    def ended(self) -> bool:
+        """Whether the Job controller has said how it ended."""
+        return self.completed is not None or self.failed is not None
+
     @classmethod
     def of(cls, raw: Object) -> JobView:
         """The view of an object as the API server sends it."""

@@ -88,9 +88,9 @@ def _lost(draft: Draft, observed: Observed, now: datetime) -> Step:
     if any(pod.live for pod in observed.pods):
         draft.say(ConditionType.RUNNING, False, Reason.JOB_LOST, "The Job was deleted; its pod is ending and still holds its GPUs.")
         return _settle(draft, observed, now)
-    message = (
-        f"The Job {observed.parent.key} was deleted while the run was going; apply the {KIND} again under a new name, or delete it first."
-    )
+    message = f"The Job {observed.parent.key} was deleted while the run was going; to run it anew, delete this {KIND} and apply it again."
+    if (observed.parent.document["spec"] or {}).get("ttlSecondsAfterFinished") is not None:
+        message += " Or it ended while no operator ran, and ttlSecondsAfterFinished removed it unseen: the output tells."
     draft.end(ConditionType.FAILED, Reason.JOB_LOST, message)
     return _settle(draft, observed, now)
 
@@ -118,7 +118,10 @@ def _follow(draft: Draft, observed: Observed, job: JobView, now: datetime) -> Se
 def _going(draft: Draft, observed: Observed, job: JobView, pod: PodView | None) -> PollTarget | None:
     """Say what a Job that has not ended does; returns the launcher to pull from, if one runs."""
     live = pod is not None and pod.live
-    if job.suspended:
+    if job.failing is not None:
+        cause = job_cause(job.failing, [pod] if pod else [])
+        _say_both(draft, cause.reason, f"{cause.message}; the Job is ending its pod.")
+    elif job.suspended:
         held = "; its pod is ending and still holds its GPUs" if live else ""
         _say_both(draft, Reason.JOB_SUSPENDED, f"The Job is suspended{held}.")
     elif pod is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from otj_operator.controller.cache import Shelf
+from otj_operator.controller.cache import Cache, Shelf
 from otj_operator.plan import JobView, Key
-from tests.unit.operator.objects import job
+from tests.unit.operator.objects import job, parent
 
 KEY = Key("default", "run")
 
@@ -60,3 +60,27 @@ def test_a_listing_that_tells_nothing_new_concerns_nobody(shelf: Shelf[JobView])
     shelf.put(job(version=3))
     shelf.begin_listing()
     assert shelf.take([job(version=3)], "10") == set()
+
+
+def test_the_end_of_a_job_that_was_removed_at_once_is_remembered_until_it_is_written() -> None:
+    cache, ended = Cache(), job(version=5, end=("Complete", "CompletionsReached"))
+    cache.jobs.put(job(version=4))
+    cache.remove_job(ended)
+    assert cache.job_of(parent()) == ended
+    cache.forget_end(KEY)
+    assert cache.job_of(parent()) is None
+
+
+def test_a_job_removed_before_its_end_is_gone() -> None:
+    cache = Cache()
+    cache.jobs.put(job(version=4))
+    cache.remove_job(job(version=5))
+    assert cache.job_of(parent()) is None
+
+
+def test_of_two_jobs_of_one_name_the_own_one_counts() -> None:
+    cache = Cache()
+    own, foreign = job(version=4), job(version=9, uid="foreign", owner="somebody")
+    cache.jobs.put(own)
+    cache.jobs.put(foreign)
+    assert cache.job_of(parent()) == own

@@ -89,6 +89,11 @@ def test_a_job_that_is_being_deleted_is_left_alone(seen: Any) -> None:
         (Observed(parent=parent(), job=job(), pods=(training_pod(),), report=report(phase="starting")), "Starting", "Starting"),
         (Observed(parent=parent(), job=job(), pods=(training_pod(),), report=report(1)), "Training", "Running"),
         (Observed(parent=parent(), job=job(), pods=(training_pod(deleting=True),)), "Terminated", "Ending"),
+        (
+            Observed(parent=parent(), job=job(end=("FailureTarget", "DeadlineExceeded")), pods=(training_pod(deleting=True),)),
+            "DeadlineExceeded",
+            "Ending",
+        ),
         (Observed(parent=parent(), job=job(), pods=(training_pod(phase="Succeeded", trainer=ended(0)),)), "Finished", "Ending"),
         (Observed(parent=parent(), job=job(), pods=(training_pod(phase="Failed", trainer=ended(83)),)), "Retrying", "Retrying"),
         (Observed(parent=parent(), job=job(), pods=(training_pod(phase="Failed", trainer=ended(67)),)), "RewardImportFailed", "Ending"),
@@ -250,6 +255,11 @@ def test_a_lost_job_is_over_only_when_its_pod_has_let_go_of_its_gpus() -> None:
     assert "Failed" not in types(found)
     gone = status(replace(seen, parent=parent(status=found), pods=()))
     assert condition(gone, "Failed") == ("True", "JobLost")
+
+
+def test_a_job_that_ttl_may_have_removed_says_so() -> None:
+    found = status(Observed(parent=parent(status=CREATED, ttlSecondsAfterFinished=5), absence_confirmed=True))
+    assert "ttlSecondsAfterFinished removed it unseen" in message(found, "Failed")
 
 
 def test_terminal_is_terminal() -> None:
