@@ -4,6 +4,7 @@ SHELL := /bin/bash
 UV := $(shell command -v uv || echo build/uv/bin/uv)
 PYTHON ?= python3
 BIN := .venv/bin
+EXPORT = $(UV) export --quiet --format requirements-txt --no-hashes --no-emit-workspace --no-annotate --no-header
 
 .PHONY: help setup demo lint format test requirements generate
 
@@ -47,6 +48,9 @@ demo: $(MODELS)/SmolLM2-135M-Instruct/config.json  ## Watch a real small languag
 
 requirements:  ## Pin the newest versions that the packages allow
 	$(UV) lock --upgrade
-	$(UV) export --quiet --all-packages --all-extras --no-extra vllm --format requirements-txt --no-hashes --no-emit-workspace --no-annotate --no-header > requirements.txt
+	$(EXPORT) --all-packages --all-extras --no-extra vllm > requirements.txt
+	$(EXPORT) --no-dev --package online-training-operator > operator/requirements.txt
+	$(EXPORT) --no-dev --package online-training-runtime --extra cpu > runtime/requirements-cpu.txt
+	$(EXPORT) --no-dev --package online-training-runtime --extra vllm > runtime/requirements-vllm.txt
 
 -include $(wildcard make/*.mk)

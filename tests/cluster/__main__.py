@@ -1,4 +1,4 @@
-"""`python -m tests.cluster up | down | images | load ARCHIVE`."""
+"""`python -m tests.cluster up | down | images`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import argparse
 import fcntl
 import sys
 import time
-from pathlib import Path
 
-from tests.cluster import providers
+from tests.cluster import images, providers
 from tests.cluster.host import CACHE, KUBECONFIG, ClusterError, say
 
 
@@ -18,7 +17,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("up", help="start it, or find it")
     commands.add_parser("down", help="end it and clean up")
-    commands.add_parser("load", help="put an image archive into it").add_argument("archive", type=Path)
+    commands.add_parser("images", help="build the project's images and put them into it")
     options = parser.parse_args()
     CACHE.mkdir(parents=True, exist_ok=True)
     try:
@@ -40,7 +39,7 @@ def _perform(options: argparse.Namespace) -> None:
         providers.down()
         say("down")
     else:
-        providers.load(options.archive)
+        images.make()
 
 
 if __name__ == "__main__":

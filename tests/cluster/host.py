@@ -74,9 +74,9 @@ def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 30) ->
 
 
 def succeeds(check: Callable[[], object]) -> bool:
-    """Whether `check` gives something true; a failing command counts as no."""
+    """Whether `check` gives anything but False; a failing command counts as no."""
     try:
-        return bool(check())
+        return check() is not False
     except ClusterError:
         return False
 

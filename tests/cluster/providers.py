@@ -76,22 +76,11 @@ def down() -> None:
         say("OTJ_KUBECONFIG names a cluster of yours: nothing to end")
     elif provider == "kind":
         stop(lambda: daemon_ids("device-plugin"), grace_s=5)
-        run(_kind(), "delete", "cluster", "--name", KIND_NAME, timeout_s=120)
+        run(kind(), "delete", "cluster", "--name", KIND_NAME, timeout_s=120)
         KUBECONFIG.unlink(missing_ok=True)
     else:
         cleanup.refuse_others()
         cleanup.clean()
-
-
-def load(archive: Path) -> None:
-    """Put the images of a docker-archive or OCI archive into the cluster's node."""
-    provider = choose()
-    if provider == "external":
-        raise ClusterError("images cannot be put into the nodes of OTJ_KUBECONFIG: push them to a registry that it pulls from")
-    if provider == "kind":
-        run(_kind(), "load", "image-archive", archive, "--name", KIND_NAME, timeout_s=600)
-    else:
-        node.ctr("images", "import", archive, timeout_s=600)
 
 
 def _check_external() -> None:
@@ -107,7 +96,7 @@ def _check_external() -> None:
     say(f"OTJ_KUBECONFIG answers: Kubernetes {version['gitVersion']}, {_gpus()} nvidia.com/gpu to give")
 
 
-def _kind() -> str:
+def kind() -> str:
     """The kind command; built from its Go module where it is not installed."""
     if not shutil.which("kind") and not (CACHE / "bin" / "kind").exists():
         run(go(), "install", f"sigs.k8s.io/kind@{KIND_VERSION}", timeout_s=600, env={"GOBIN": str(CACHE / "bin")})
@@ -115,7 +104,7 @@ def _kind() -> str:
 
 
 def _start_kind() -> None:
-    if KIND_NAME in run(_kind(), "get", "clusters").split():
+    if KIND_NAME in run(kind(), "get", "clusters").split():
         say("already up")
         return
     plugins = STATE / "device-plugins"
@@ -125,7 +114,7 @@ def _start_kind() -> None:
     config = json.dumps({"apiVersion": "kind.x-k8s.io/v1alpha4", "kind": "Cluster", "nodes": nodes})
     create = ["create", "cluster", "--name", KIND_NAME, "--kubeconfig", str(KUBECONFIG), "--config", "-", "--wait", "180s"]
     KUBECONFIG.unlink(missing_ok=True)
-    run(_kind(), *create, stdin=config, timeout_s=600)
+    run(kind(), *create, stdin=config, timeout_s=600)
 
 
 def _start_device_plugin(folder: Path) -> None:
