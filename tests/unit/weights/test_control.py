@@ -1,0 +1,150 @@
+"""What the control client does when the generator does not do its part. What it does otherwise is tested on a real vLLM."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
+from otj_runtime.weights import control as control_module
+from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.install import Phases, install, only_one
+
+PHASES = ["init", "pause", "start", "update", "finish", "reset_prefix_cache", "resume"]
+ROUTES = dict(
+    zip(
+        PHASES,
+        [
+            "/init_weight_transfer_engine",
+            "/pause",
+            "/start_weight_update",
+            "/update_weights",
+            "/finish_weight_update",
+            "/reset_prefix_cache",
+            "/resume",
+        ],
+        strict=True,
+    )
+)
+
+
+class Server(ThreadingHTTPServer):
+    """A generator that answers every route, except as `answers` says."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.calls: list[str] = []
+        self.answers: dict[str, tuple[int, object]] = {"/reset_prefix_cache": (200, {"success": True})}
+        self.silent: set[str] = set()
+        self.control = GeneratorControl(f"http://127.0.0.1:{self.server_port}")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        route = self.path.split("?")[0]
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.calls.append(route)
+        if route in self.server.silent:
+            time.sleep(5)
+            return
+        status, body = self.server.answers.get(route, (200, {}))
+        payload = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the test asks for `calls`."""
+
+
+@contextmanager
+def _running() -> Iterator[Server]:
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with _running() as started:
+        yield started
+
+
+def test_an_installation_goes_through_its_phases_in_order(server: Server) -> None:
+    phases = Phases()
+    install(server.control, Path("/mailbox"), 3, phases)
+    assert server.calls == [ROUTES[phase] for phase in PHASES]
+    assert list(phases.seconds) == PHASES
+
+
+@pytest.mark.parametrize("failing", PHASES)
+def test_a_failing_phase_is_named_and_generation_goes_on(server: Server, failing: str) -> None:
+    server.answers[ROUTES[failing]] = (500, {"error": {"message": "out of luck"}})
+    with pytest.raises(WeightSyncFailed, match=f"{failing}: .* with 500: out of luck") as caught:
+        install(server.control, Path("/mailbox"), 3, Phases())
+    assert caught.value.phase == failing
+    assert (server.calls[-1] == ROUTES["resume"]) is (failing != "init")
+    assert server.calls.count(ROUTES[failing]) == 1
+
+
+def test_a_prefix_cache_that_was_not_reset_is_a_failure(server: Server) -> None:
+    server.answers["/reset_prefix_cache"] = (200, {"success": False})
+    with pytest.raises(WeightSyncFailed, match="could not forget the prefixes"):
+        install(server.control, Path("/mailbox"), 3, Phases())
+
+
+def test_a_generator_that_keeps_silent_meets_the_deadline_of_its_phase(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(control_module.DEADLINES, "update", 0.2)
+    server.silent.add("/update_weights")
+    with pytest.raises(WeightSyncFailed, match="update: the generator did not answer POST /update_weights in 0 s"):
+        server.control.update(1)
+    assert server.calls == ["/update_weights"]
+
+
+def test_an_absent_generator_is_not_ready_and_serves_no_version() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        absent = GeneratorControl(f"http://127.0.0.1:{probe.getsockname()[1]}")
+        assert absent.weight_version() is None
+        with pytest.raises(GeneratorNotReady, match=r"did not answer within 0 s.*readyTimeoutSeconds"):
+            absent.wait_healthy(deadline_s=0.01)
+
+
+def test_a_generator_whose_engine_is_dead_is_not_healthy(server: Server) -> None:
+    assert server.control.healthy()
+    server.answers["/health"] = (503, {})
+    assert not server.control.healthy()
+
+
+@pytest.mark.parametrize("url", ["https://127.0.0.1:1", "127.0.0.1:1", "http://127.0.0.1"])
+def test_a_url_that_is_no_loopback_server_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="must look like http://host:port"):
+        GeneratorControl(url)
+
+
+def test_only_one_rank_brings_the_generator_back_at_a_time(tmp_path: Path) -> None:
+    lock = tmp_path / "policy.lock"
+    with only_one(lock, deadline_s=1), pytest.raises(GeneratorLost, match="another rank"), only_one(lock, deadline_s=0.01):
+        pass
+    with only_one(lock, deadline_s=1):
+        pass

@@ -1,0 +1,108 @@
+"""A writer that stops anywhere leaves the version before it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter
+from tests.unit.weights.files import layout, push, read, same, tensors, write_all
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+class CrashingMemory:
+    """A mailbox's memory that takes a number of bytes and then crashes in the middle of a store."""
+
+    def __init__(self, data: memoryview, budget: int) -> None:
+        self._data, self._budget = data, budget
+
+    def __getitem__(self, where: slice) -> memoryview:
+        return self._data[where]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __setitem__(self, where: slice, value: bytes) -> None:
+        taken = min(self._budget, len(value))
+        self._data[where.start : where.start + taken] = value[:taken]
+        self._budget -= taken
+        if taken < len(value):
+            raise Crash
+
+
+def _bytes_of_a_push(writer: MailboxWriter) -> int:
+    """Bytes that begin, the checksums and publish store, beside the tensors."""
+    return 2 * 32 + 2 * writer.layout.sums_bytes
+
+
+@given(version=st.integers(0, 2), share=st.floats(0, 1), written=st.integers(0, 5))
+@settings(deadline=None, max_examples=150)
+def test_a_crash_at_any_byte_leaves_the_previous_version_readable(
+    tmp_path_factory: pytest.TempPathFactory, version: int, share: float, written: int
+) -> None:
+    path = tmp_path_factory.mktemp("crash") / "policy.mailbox"
+    writer = MailboxWriter.create(path, layout())
+    for earlier in range(version + 1):
+        values = push(writer, earlier)
+    doomed = MailboxWriter(path, layout())
+    doomed._data = CrashingMemory(doomed._data, int(share * (_bytes_of_a_push(doomed) - 1)))  # type: ignore[assignment]
+    with pytest.raises(Crash):
+        push(doomed, version + 1)
+    assert same(read(path, version), values)
+    # Another writer goes on from what it finds.
+    after = MailboxWriter(path, layout())
+    write_all(after, after.begin(version + 2), dict(list(tensors(9).items())[:written]))
+    assert same(read(path, version), values)
+    values = push(after, version + 3)
+    assert same(read(path, version + 3), values)
+
+
+_WRITER = """
+import sys, torch
+from pathlib import Path
+from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.mailbox import MailboxWriter
+path, layout = Path(sys.argv[1]), Layout.of([(f"t{i}", (512, 512)) for i in range(24)], torch.float32)
+writer = MailboxWriter(path, layout)
+version = 0
+while True:
+    version += 1
+    ticket = writer.begin(version)
+    for entry in layout.tensors:
+        writer.write(ticket, entry.name, torch.full(entry.shape, float(version)))
+    writer.publish(ticket)
+"""
+
+
+def test_a_writer_killed_while_it_writes_leaves_a_whole_version(tmp_path: Path) -> None:
+    path = tmp_path / "policy.mailbox"
+    MailboxWriter.create(path, Layout.of([(f"t{i}", (512, 512)) for i in range(24)], torch.float32))
+    with subprocess.Popen([sys.executable, "-c", _WRITER, str(path)]) as process:
+        _wait_for_version(path, 20)
+        os.kill(process.pid, signal.SIGKILL)
+    reader = MailboxReader(path)
+    last = reader.version()
+    assert last is not None
+    with reader.reading(last) as found:
+        assert {float(value) for _, tensor in found for value in (tensor.min(), tensor.max())} == {float(last)}
+
+
+def _wait_for_version(path: Path, version: int) -> None:
+    """Until the writer is in full swing."""
+    reader, end = MailboxReader(path), time.monotonic() + 120
+    while (reader.version() or 0) < version:
+        assert time.monotonic() < end, f"version {version} was not published within 120 s"
+        time.sleep(0.005)

@@ -1,0 +1,97 @@
+"""The probe: its tokens, the trainer's scores, the comparison."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from otj_runtime.api import DType
+from otj_runtime.weights.errors import WeightsDiverged
+from otj_runtime.weights.probe import compare, probe_sequences, trainer_scores
+
+SEQUENCES = [[3, 1, 4], [1, 5, 9]]
+TRAINER = [[-1.0, -2.0], [-3.0, -4.0]]
+FLOAT32, ROUNDED = {DType.FLOAT32}, {DType.FLOAT32, DType.BFLOAT16}
+
+
+def _model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _shifted(by: float) -> list[list[float]]:
+    return [[-1.0, -2.0], [-3.0 + by, -4.0]]
+
+
+@given(vocabulary=st.integers(1, 300_000))
+def test_probe_tokens_are_in_the_vocabulary_and_always_the_same(vocabulary: int) -> None:
+    sequences = probe_sequences(vocabulary)
+    assert all(0 <= token < vocabulary for row in sequences for token in row)
+    assert sequences == probe_sequences(vocabulary)
+    assert 32 <= sum(map(len, sequences)) <= 64
+
+
+def test_scores_are_the_log_softmax_at_the_next_token() -> None:
+    model = _model().eval()
+    sequences = probe_sequences(50)
+    logprobs = torch.log_softmax(model(torch.tensor(sequences)).logits, -1).detach()
+    expected = [[float(logprobs[row, i, token]) for i, token in enumerate(ids[1:])] for row, ids in enumerate(sequences)]
+    assert trainer_scores(model, sequences) == [pytest.approx(row, abs=1e-6) for row in expected]
+
+
+def test_scoring_leaves_modes_and_gradients_as_they_were() -> None:
+    model = _model().train()
+    model.model.norm.eval()
+    trainer_scores(model, probe_sequences(50))
+    assert model.training
+    assert not model.model.norm.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_scoring_is_full_precision_although_accelerate_wrapped_the_forward_in_autocast() -> None:
+    model = _model()
+    exact = trainer_scores(model, probe_sequences(50))
+    wrapped = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    model.forward = wrapped  # what accelerate's prepare_model does
+    assert trainer_scores(model, probe_sequences(50)) == exact
+    assert model.forward is wrapped
+
+
+@pytest.mark.parametrize(
+    ("by", "dtypes", "agrees"),
+    [
+        (0.0, FLOAT32, True),
+        (0.9e-4, FLOAT32, True),
+        (1.1e-4, FLOAT32, False),
+        (0.2, ROUNDED, True),  # mean of four: 0.05
+        (0.3, ROUNDED, False),
+        (0.2, {DType.FLOAT16}, True),
+        (math.nan, FLOAT32, False),
+        (math.nan, ROUNDED, False),
+        (math.inf, ROUNDED, False),
+    ],
+)
+def test_the_bound_depends_on_the_coarsest_dtype(by: float, dtypes: set[DType], agrees: bool) -> None:
+    if agrees:
+        agreement = compare(TRAINER, _shifted(by), sequences=SEQUENCES, version=7, dtypes=dtypes)
+        assert (agreement.max_abs, agreement.mean) == (pytest.approx(by), pytest.approx(by / 4))
+    else:
+        with pytest.raises(WeightsDiverged):
+            compare(TRAINER, _shifted(by), sequences=SEQUENCES, version=7, dtypes=dtypes)
+
+
+def test_the_error_names_version_dtype_token_and_difference() -> None:
+    with pytest.raises(WeightsDiverged) as caught:
+        compare(TRAINER, _shifted(0.5), sequences=SEQUENCES, version=7, dtypes=FLOAT32)
+    text = str(caught.value)
+    assert "policy version 7 (float32)" in text
+    assert "largest difference 0.5, bound 0.0001" in text
+    assert "token 5 at position 1 of sequence 1, trainer -3.000000, generator -2.500000" in text
