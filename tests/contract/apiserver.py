@@ -76,6 +76,18 @@ def api_server(folder: Path) -> Iterator[ApiServer]:
         yield started
 
 
+@contextmanager
+def controllers(server: ApiServer) -> Iterator[None]:
+    """The controllers of Kubernetes that act on Jobs: they make pods, judge, clean up. There is still no kubelet."""
+    command = [
+        str(binaries() / "kube-controller-manager"),
+        *(f"--kubeconfig={server.admin}", "--leader-elect=false", "--secure-port=0"),
+        "--controllers=job-controller,garbage-collector-controller,ttl-after-finished-controller",
+    ]
+    with _process(server.folder, "kube-controller-manager", command):
+        yield
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of loopback that nothing listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.host import REPOSITORY
-from tests.contract.apiserver import ApiServer, api_server
+from tests.contract.apiserver import ApiServer, api_server, controllers
 from tests.contract.kubelet import Kubelet
 from tests.contract.operator_process import running_operator
 
@@ -16,9 +16,23 @@ from tests.contract.operator_process import running_operator
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """An API server on which the operator was installed as the README says."""
     with api_server(tmp_path_factory.mktemp("apiserver")) as started:
-        started.kubectl("apply", "-f", str(REPOSITORY / "manifests" / "install.yaml"))
-        started.kubectl("wait", "--for=condition=Established", "crd/onlinetrainingjobs.onlinetraining.dev", "--timeout=20s")
+        install(started)
         yield started
+
+
+@pytest.fixture(scope="module")
+def managed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """Another one, with the real Job controller and garbage collector, and the operator."""
+    with api_server(tmp_path_factory.mktemp("managed")) as started, controllers(started):
+        install(started)
+        with running_operator(started, name="managed"):
+            yield started
+
+
+def install(server: ApiServer) -> None:
+    """Do what the README says."""
+    server.kubectl("apply", "-f", str(REPOSITORY / "manifests" / "install.yaml"))
+    server.kubectl("wait", "--for=condition=Established", "crd/onlinetrainingjobs.onlinetraining.dev", "--timeout=20s")
 
 
 @pytest.fixture(scope="module")

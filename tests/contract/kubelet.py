@@ -25,6 +25,11 @@ class Kubelet:
         """The Job's pod, running on a node; `launcher` is where its progress port is."""
         ip, port = launcher.rsplit(":", 1)
         self.make_pod(job, name=name, progress_port=int(port))
+        self.run_pod(name, ip=ip, ready=ready)
+        self.job_status(job, active=1, startTime=TIME)
+
+    def run_pod(self, name: str, *, ip: str = "127.0.0.1", ready: bool = True) -> None:
+        """All containers of a pod run; `ready` is whether the generator answers."""
         self.pod_status(
             name,
             phase="Running",
@@ -37,7 +42,6 @@ class Kubelet:
             ],
             containerStatuses=[container("trainer", ready=True, running={"startedAt": TIME})],
         )
-        self.job_status(job, active=1, startTime=TIME)
 
     def start_pod_generator(self, pod: str) -> None:
         """The generator's readiness probe succeeds."""
