@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 UV := $(shell command -v uv || echo build/uv/bin/uv)
+export UV  # `otj model smollm2` installs a package where the environment has no pip
 PYTHON ?= python3
 BIN := .venv/bin
 EXPORT = $(UV) export --quiet --format requirements-txt --no-hashes --no-emit-workspace --no-annotate --no-header
