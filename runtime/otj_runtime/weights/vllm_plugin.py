@@ -25,8 +25,9 @@ from otj_runtime.weights.errors import MailboxError, UnsupportedVLLM
 from otj_runtime.weights.mailbox import MailboxReader
 
 BACKEND = "otj_mailbox"
-SUPPORTED = ((0, 30), (0, 33))
-"""First version of vLLM whose classes have the shape used here, and the first that was not tried."""
+SUPPORTED = ((0, 32), (0, 33))
+"""First version of vLLM that this works with, and the first that was not tried. The classes used here have had their shape since
+0.28, but only 0.32 says in its answers which weights produced each token, without which a rollout cannot be trusted."""
 
 
 def require_supported(version: str) -> None:
