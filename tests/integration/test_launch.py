@@ -193,7 +193,7 @@ def test_one_rank_succeeds(pod: Pod) -> None:
     with pod.launch("gloo") as run:
         assert run.end() is ExitCode.SUCCESS, run.printed
     assert (pod.output / "rank-0").read_text() == "cpu 1"
-    assert not (pod.root / "termination").exists()
+    assert LauncherReport.model_validate_json((pod.root / "termination").read_text()).phase == "ended"
 
 
 def test_a_crash_is_told_with_its_last_words(pod: Pod) -> None:

@@ -7,6 +7,7 @@ of the ranks, decides; then the ranks are stopped (gently if there is something 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -54,13 +55,18 @@ class Launcher:
         self._stop_signal: asyncio.Future[int] | None = None
 
     async def run(self) -> ExitCode:
-        """Run to the end; the code to exit with. The termination message is written on failure."""
+        """Run to the end; the code to exit with. The termination message holds the cause, or after success the last progress."""
         try:
             note = await self._run()
         except RunError as error:
             note = FailureNote.of(error)
         self._board.ended = True
-        return ExitCode.SUCCESS if note is None else conclude(note, Path(self._config.termination_log))
+        termination_log = Path(self._config.termination_log)
+        if note is not None:
+            return conclude(note, termination_log)
+        # Nobody can pull it from the port any more. Without the metrics it is short enough for a termination message.
+        leave(json.dumps(self._board.report().model_copy(update={"metrics": {}}).to_wire()), termination_log)
+        return ExitCode.SUCCESS
 
     async def _run(self) -> FailureNote | None:
         become_subreaper()
@@ -166,11 +172,16 @@ def _set_once(future: asyncio.Future[int], value: int) -> None:
 def conclude(note: FailureNote, termination_log: Path) -> ExitCode:
     """Tell the cause where Kubernetes and people look for it; its exit code."""
     print(f"launcher: {note.reason}: {note.message}\nlauncher: {note.reason.advice}", file=sys.stderr, flush=True)
+    leave(verdict.termination_message(note), termination_log)
+    return exit_code(note.reason)
+
+
+def leave(message: str, termination_log: Path) -> None:
+    """Write the termination message; that it cannot be written changes nothing about the end."""
     try:
-        termination_log.write_text(verdict.termination_message(note))
+        termination_log.write_text(message)
     except OSError as error:
         print(f"launcher: cannot write {termination_log}: {error}", file=sys.stderr, flush=True)
-    return exit_code(note.reason)
 
 
 def _make_empty(directory: Path) -> None:
