@@ -93,7 +93,8 @@ class DatasetSpec(ApiModel):
         description="Renames columns: key is the name used here (prompt, answer, ...), value the dataset's own. Default: none renamed.",
     )
     args: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the built-in task, such as its length or seed. Default: none."
+        default_factory=dict,
+        description="Arguments of the built-in task, such as its length or seed, or of `datasets.load_dataset` for a name or folder. Default: none.",
     )
 
     rules = (

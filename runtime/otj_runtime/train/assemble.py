@@ -122,9 +122,9 @@ def build_run(config: PodConfig) -> Run:
     tokenizer = load_tokenizer(config)
     encoder = PromptEncoder(tokenizer)
     prompts = load_prompts(config.dataset, seed=arguments.seed)
-    encoder.check_lengths(prompts, max_tokens=_prompt_limit(config, arguments))
     rewards = load_rewards(config.rewards, task=config.dataset.task)
     model = load_model(config)
+    encoder.check_lengths(prompts, max_tokens=_prompt_limit(config, arguments, model))
     if arguments.disable_dropout:
         switch_off_dropout(model)
     generator = connect_generator(config, model=model, end_tokens=end_tokens(model, tokenizer))
@@ -148,11 +148,10 @@ def build_run(config: PodConfig) -> Run:
     return Run(trainer=trainer, tokenizer=tokenizer, reporter=reporter, stop=stop, held_out=held_out)
 
 
-def _prompt_limit(config: PodConfig, arguments: OnlineConfig) -> int | None:
+def _prompt_limit(config: PodConfig, arguments: OnlineConfig, model: Any) -> int | None:
     """Longest prompt that leaves room for a completion, in tokens; None if nothing limits it."""
-    limits = [arguments.max_prompt_length]
-    if config.generator_max_model_len is not None:
-        limits.append(config.generator_max_model_len - arguments.max_completion_length)
+    window = config.generator_max_model_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [arguments.max_prompt_length, window - arguments.max_completion_length if window is not None else None]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

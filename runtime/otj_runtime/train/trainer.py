@@ -92,6 +92,8 @@ class OnlineTrainer(Trainer):
         self._pad_id = pad_id
         self._pushed_version: int | None = None
         self._syncs = 0
+        self._resumed_from: str | None = None
+        self._random_state_restored = False
         self._pending: deque[MicroBatch] = deque()
         self._step_began = time.monotonic()
 
@@ -137,6 +139,7 @@ class OnlineTrainer(Trainer):
         self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], None]:
         """The micro-batches of the next optimizer step, sampled now if the last generation is used up."""
+        self._load_rng_state(self._resumed_from)
         batches = []
         for samples in (item for _, item in zip(range(num_batches), epoch_iterator, strict=False)):
             if not self._pending:
@@ -205,6 +208,19 @@ class OnlineTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """transformers estimates this from a dictionary of inputs, which a micro-batch is not; it is reported nowhere."""
         return 0
+
+    # -- resuming ------------------------------------------------------------------------------------------------------------
+    # transformers restores the random state after it has asked for the first batch; here, asking is sampling. So it is restored
+    # before that, once.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed_from = resume_from_checkpoint
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self._random_state_restored:
+            super()._load_rng_state(checkpoint)
+            self._random_state_restored = True
 
     # -- reporting and saving ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,138 @@
+"""The whole loop in one process: real model, tasks and rewards, completions from the model itself instead of a generator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from otj_runtime.api.spec import DatasetSpec
+from otj_runtime.data.load import load_prompts
+from otj_runtime.data.model import build_tiny
+from otj_runtime.data.tokenize import PromptEncoder
+from otj_runtime.pod.metrics import MetricsLine, read_metrics
+from otj_runtime.rewards import load_rewards
+from otj_runtime.rollout.collect import Rollouts
+from otj_runtime.rollout.transformers_engine import TransformersEngine
+from otj_runtime.train.checkpoints import newest_checkpoint
+from otj_runtime.train.config import GRPOConfig, OnlineConfig, OnlineDPOConfig
+from otj_runtime.train.grpo import GRPOTrainer
+from otj_runtime.train.online_dpo import OnlineDPOTrainer
+from otj_runtime.train.report import Reporter
+from otj_runtime.train.trainer import OnlineTrainer
+
+BASE: dict[str, Any] = {
+    "use_cpu": True,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 128,
+    "num_generations": 16,
+    "max_completion_length": 4,
+    "disable_tqdm": True,
+    "save_steps": 1000,
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A model this small loses more by handing work to threads than it wins."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    build_tiny(folder)
+    return folder
+
+
+def trainer_for(tiny: Path, output: Path, *, kind: type[OnlineTrainer] = GRPOTrainer, **changes: Any) -> OnlineTrainer:
+    config: type[OnlineConfig] = GRPOConfig if kind is GRPOTrainer else OnlineDPOConfig
+    args = config(output_dir=str(output), **(BASE | changes))
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    data = DatasetSpec(task="copy", args={"length": 4})
+    needs_reference = kind is OnlineDPOTrainer or getattr(args, "beta", 0.0) != 0.0
+    return kind(
+        model,
+        args=args,
+        train_dataset=load_prompts(data, seed=0),
+        rollouts=Rollouts(
+            engine=TransformersEngine(model, pad_id=tokenizer.pad_token_id, eos_ids={tokenizer.eos_token_id}),
+            encoder=PromptEncoder(tokenizer),
+            rewards=load_rewards([], task="copy"),
+            tokenizer=tokenizer,
+        ),
+        weights=None,
+        reference=copy.deepcopy(model).eval() if needs_reference else None,
+        pad_id=tokenizer.pad_token_id,
+        reporter=Reporter(output=output, world_size=1),
+    )
+
+
+def steps_of(output: Path) -> list[MetricsLine]:
+    return [line for line in read_metrics(output / "metrics.jsonl")[0] if line.metrics]
+
+
+def rewards_of(output: Path) -> list[float]:
+    return [line.metrics["reward"] for line in steps_of(output)]
+
+
+@pytest.mark.parametrize(("kind", "steps", "last"), [(GRPOTrainer, 80, 0.3), (OnlineDPOTrainer, 120, 0.2)])
+def test_the_policy_learns_to_copy(tiny: Path, tmp_path: Path, kind: type[OnlineTrainer], steps: int, last: float) -> None:
+    trainer_for(tiny, tmp_path, kind=kind, max_steps=steps, beta=0.1 if kind is OnlineDPOTrainer else 0.0).train()
+    rewards = rewards_of(tmp_path)
+    assert sum(rewards[:5]) / 5 < 0.15
+    assert sum(rewards[-5:]) / 5 > last
+
+
+def test_micro_batches_do_not_change_what_is_learned(tiny: Path, tmp_path: Path) -> None:
+    whole = trainer_for(tiny, tmp_path / "whole", max_steps=3)
+    whole.train()
+    parts = trainer_for(tiny, tmp_path / "parts", max_steps=3, per_device_train_batch_size=32, gradient_accumulation_steps=4)
+    parts.train()
+    assert rewards_of(tmp_path / "whole") == pytest.approx(rewards_of(tmp_path / "parts"), abs=1e-6)
+    for ours, theirs in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_a_resumed_run_makes_the_same_steps_as_one_that_never_stopped(tiny: Path, tmp_path: Path) -> None:
+    trainer_for(tiny, tmp_path / "whole", max_steps=8).train()
+    trainer_for(tiny, tmp_path / "halves", max_steps=4, save_steps=4).train()
+    checkpoint = newest_checkpoint(tmp_path / "halves")
+    assert checkpoint is not None
+    trainer_for(tiny, tmp_path / "halves", max_steps=8).train(resume_from_checkpoint=str(checkpoint))
+    assert rewards_of(tmp_path / "halves") == rewards_of(tmp_path / "whole")
+    assert [line.metrics["loss"] for line in steps_of(tmp_path / "halves")] == [
+        line.metrics["loss"] for line in steps_of(tmp_path / "whole")
+    ]
+
+
+def test_a_resume_in_the_middle_of_a_generation_uses_the_prompts_of_that_generation(tiny: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"per_device_train_batch_size": 64, "steps_per_generation": 2, "num_iterations": 2}
+    trainer_for(tiny, tmp_path, max_steps=3, save_steps=3, **changes).train()
+    checkpoint = newest_checkpoint(tmp_path)
+    resumed = trainer_for(tiny, tmp_path, max_steps=5, **changes)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert [line.step for line in steps_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_kl_term_holds_the_policy_near_the_base_model(tiny: Path, tmp_path: Path) -> None:
+    trainer_for(tiny, tmp_path / "free", max_steps=40).train()
+    trainer_for(tiny, tmp_path / "held", max_steps=40, beta=5.0).train()
+    assert rewards_of(tmp_path / "held")[-1] < rewards_of(tmp_path / "free")[-1]
+    assert steps_of(tmp_path / "held")[-1].metrics["kl"] < 0.05
+
+
+def test_on_policy_tokens_agree_with_their_sampler(tiny: Path, tmp_path: Path) -> None:
+    trainer_for(tiny, tmp_path, max_steps=2).train()
+    assert max(line.metrics["sampling/sampling_logp_difference/max"] for line in steps_of(tmp_path)) < 1e-4
