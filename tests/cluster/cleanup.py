@@ -26,10 +26,8 @@ def refuse_others() -> None:
     others = {str(state) for _, state in daemons().values() if state != STATE}
     if others:
         raise ClusterError(f"a test cluster runs from {', '.join(others)}: `make cluster-down` there ends it")
-    if not daemon_ids("kubelet"):
-        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
-            probe.connect(str(PLUGINS / "kubelet.sock"))
-            raise ClusterError("this machine already runs a kubelet: set OTJ_KUBECONFIG to use its cluster")
+    if not daemon_ids("kubelet") and _answers(PLUGINS / "kubelet.sock"):
+        raise ClusterError("this machine already runs a kubelet: set OTJ_KUBECONFIG to use its cluster")
 
 
 def clean() -> None:
@@ -42,18 +40,7 @@ def clean() -> None:
     _unmount()
     _remove_network()
     _remove_cgroups()
-    for name in ("kubelet.sock", "fake-gpu.sock", "kubelet_internal_checkpoint"):
-        (PLUGINS / name).unlink(missing_ok=True)
-    for folder in (
-        PLUGINS,
-        PLUGINS.parent,
-        Path("/run/containerd/s"),
-        Path("/run/containerd"),
-        Path("/var/lib/cni/results"),
-        Path("/var/lib/cni"),
-    ):
-        with suppress(OSError):  # it was not there, or something else lies in it
-            folder.rmdir()
+    _remove_records()
     shutil.rmtree(RUN, ignore_errors=True)
     for entry in STATE.iterdir() if STATE.exists() else ():
         if entry.name != KEPT:
@@ -95,11 +82,32 @@ def _unmount() -> None:
         run("umount", "--lazy", point)
 
 
+def _remove_records() -> None:
+    """Remove what the kubelet, containerd's shims and CNI keep in places that are not ours to choose, and only ours of it."""
+    for name in ("kubelet.sock", "fake-gpu.sock", "kubelet_internal_checkpoint"):
+        (PLUGINS / name).unlink(missing_ok=True)
+    shims, records = Path("/run/containerd/s"), Path("/var/lib/cni/results")
+    for path in shims.glob("*"):
+        if not _answers(path):
+            path.unlink()
+    for own in list(records.glob(f"{BRIDGE}-*")):
+        for record in records.glob(f"*-{own.name.split('-')[1]}-*"):  # also that of the same pod's loopback
+            record.unlink()
+    for folder in (PLUGINS, PLUGINS.parent, shims, shims.parent, records, records.parent):
+        with suppress(OSError):  # it was not there, or something else lies in it
+            folder.rmdir()
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+        probe.connect(str(path))
+        return True
+    return False
+
+
 def _remove_network() -> None:
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         run("ip", "link", "delete", BRIDGE)
-    for record in Path("/var/lib/cni/results").glob(f"{BRIDGE}-*"):
-        record.unlink()
     for family in ("iptables", "ip6tables"):
         if succeeds(lambda name=family: tool(f"{name}-save")):  # type: ignore[misc]
             rules = run(f"{family}-save").splitlines(keepends=True)

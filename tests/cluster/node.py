@@ -52,7 +52,10 @@ PACKAGES = {
 def is_up() -> bool:
     """Whether every daemon of this checkout's cluster runs and its node is ready."""
     running = {name for name, state in daemons().values() if state == STATE}
-    return running >= DAEMONS and KUBECONFIG.exists() and succeeds(_node_is_ready)
+    if not running >= DAEMONS:
+        return False
+    _link_kubeconfig()  # it may lead to the cluster of an OTJ_KUBECONFIG meanwhile
+    return succeeds(_node_is_ready)
 
 
 def up() -> None:
@@ -70,7 +73,7 @@ def up() -> None:
     _make_network()
     pki.make_certificates(STATE / "pki", addresses=["127.0.0.1", NODE_IP, SERVICE_NETWORK.replace("0.0/16", "0.1")])
     pki.make_users(STATE / "pki", server=f"https://{NODE_IP}:6443")
-    KUBECONFIG.symlink_to("pki/admin.kubeconfig")
+    _link_kubeconfig()
     _start_containerd()
     _start_api_server(components)
     _start_controllers(components)
@@ -84,6 +87,11 @@ def up() -> None:
 def ctr(*arguments: str | Path, timeout_s: float = 60) -> str:
     """Run containerd's client in the namespace of Kubernetes."""
     return run("ctr", "-a", RUN / "containerd.sock", "-n", "k8s.io", *arguments, timeout_s=timeout_s)
+
+
+def _link_kubeconfig() -> None:
+    KUBECONFIG.unlink(missing_ok=True)
+    KUBECONFIG.symlink_to("pki/admin.kubeconfig")
 
 
 def _node_is_ready() -> bool:
