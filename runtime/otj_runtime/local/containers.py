@@ -82,12 +82,20 @@ def rewrite(text: str, paths: Mapping[str, str]) -> str:
     return re.sub(rf"(?<![\w./-])({keys})(?=/|$|[^\w.-])", lambda found: paths[found[1]], text)
 
 
+def machine_caches(environment: Mapping[str, str], *, home: Path) -> dict[str, str]:
+    """The caches of this machine's user, in place of those that a pod keeps on its volumes: vLLM starts in half the time with what
+    it learned of a model's class before, and the hub's files and token are found."""
+    cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
+    found = {"HF_HOME": cache / "huggingface", "VLLM_CACHE_ROOT": cache / "vllm"}
+    return {name: environment.get(name) or str(path) for name, path in found.items()}
+
+
 def localize(container: Piece, *, paths: Mapping[str, str], given_env: Mapping[str, str], extra_env: Mapping[str, str]) -> Container:
     """A container of the pod as a process.
 
     Args:
         given_env: what the user gave: it wins over everything, and stands for values that only a cluster has.
-        extra_env: what this machine needs (devices); it wins over the container's own.
+        extra_env: what this machine needs (devices, caches); it wins over the container's own.
 
     Raises:
         UsageError: naming the variable whose value only a cluster has.

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from otj_runtime.local.follow import Story
 from otj_runtime.local.pod import Outcome
-from otj_runtime.pod.metrics import HeldOut, values
+from otj_runtime.pod.metrics import Answer, HeldOut, values
 
 ENDS = 5
 """Steps at each end whose rewards are averaged."""
@@ -79,7 +79,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def answers_table(before: HeldOut, after: HeldOut) -> Table:
     """A few held-out answers before and after training, side by side."""
-    table = Table(title="held-out prompts, answered greedily", title_justify="left")
+    table = Table(title="held-out answers", title_justify="left")
     table.add_column("prompt", overflow="fold")
     table.add_column("before", overflow="fold")
     table.add_column("after", overflow="fold")
@@ -90,8 +90,8 @@ def answers_table(before: HeldOut, after: HeldOut) -> Table:
     return table
 
 
-def _judged(answer: Any) -> str:
-    colour = "green" if answer.reward > 0 else "red"
+def _judged(answer: Answer) -> str:
+    colour = "green" if answer.reward >= 1 else "yellow" if answer.reward > 0 else "red"
     return f"[{colour}]{escape(answer.completion.strip())}[/{colour}]"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import time
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from otj_runtime.api import OnlineTrainingJob, Reason
 from otj_runtime.launch.processes import become_subreaper, kill_descendants, reap, zombies
-from otj_runtime.local.containers import Container, local_folders, localize, path_map
+from otj_runtime.local.containers import Container, local_folders, localize, machine_caches, path_map
 from otj_runtime.local.devices import found_devices, split
 from otj_runtime.local.folder import RunFolder
 from otj_runtime.local.follow import Story
@@ -60,8 +61,10 @@ def make_plan(job: OnlineTrainingJob, options: RunOptions, folder: RunFolder) ->
     folders = local_folders(job.spec.volumes, given=options.volumes, home=folder.volumes)
     paths = {job.spec.output.path.rstrip("/"): output} | path_map(job.spec.volume_mounts, folders)
     pod = build_job(job, default_image="local", layout=layout, output=output)["spec"]["template"]["spec"]
+    asked = {entry["name"] for entry in job.spec.env}
+    caches = {name: value for name, value in machine_caches(os.environ, home=Path.home()).items() if name not in asked}
     containers = {
-        piece["name"]: localize(piece, paths=paths, given_env=options.env, extra_env=devices.get(piece["name"], {}))
+        piece["name"]: localize(piece, paths=paths, given_env=options.env, extra_env=caches | devices.get(piece["name"], {}))
         for piece in [*pod["initContainers"], *pod["containers"]]
     }
     for path in folders.values():

@@ -164,10 +164,7 @@ def panel_rows(pod: LocalPod, story: Story) -> list[RenderableType]:
     if not story.steps:
         return rows
     last = story.steps[-1]
-    rows.append(ProgressBar(total=last.total_steps, completed=last.step, width=SPARK_WIDTH))
-    if story.rewards:
-        rows.append(Text.assemble((sparkline(story.rewards), "green"), f"  reward {story.rewards[-1]:.3f}"))
-    rows.append(_numbers(last, story))
+    rows += [_course(last, story), _numbers(last, story)]
     rows += [
         Text(f"{answer.prompt.strip()[-60:]!r} -> {answer.completion.strip()[:80]!r}  ({answer.reward:g})", style="dim", no_wrap=True)
         for answer in last.completions[:2]
@@ -175,10 +172,18 @@ def panel_rows(pod: LocalPod, story: Story) -> list[RenderableType]:
     return rows
 
 
+def _course(last: MetricsLine, story: Story) -> Table:
+    """How far the run is, and how the reward went."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row(ProgressBar(total=last.total_steps, completed=last.step, width=SPARK_WIDTH), f"step {last.step}/{last.total_steps}")
+    if story.rewards:
+        table.add_row(Text(sparkline(story.rewards), style="green"), f"reward {story.rewards[-1]:.3f}")
+    return table
+
+
 def _numbers(last: MetricsLine, story: Story) -> Table:
     pace, left = story.tokens_per_second(), story.seconds_left()
     cells = {
-        "step": f"{last.step}/{last.total_steps}",
         "s/step": _shown(last.metrics.get("step_time"), ".2f"),
         "s/sync": _shown(last.metrics.get("sync/total_s"), ".3f"),
         "probe difference": _shown(last.metrics.get("sync/max_abs_logprob_diff"), ".1e"),

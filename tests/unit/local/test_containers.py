@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from otj_runtime.local.containers import local_folders, localize, path_map, rewrite
+from otj_runtime.local.containers import local_folders, localize, machine_caches, path_map, rewrite
 from otj_runtime.local.options import UsageError
 
 PATHS = {"/models": "/home/me/models", "/models/big": "/disk", "/data": "/home/me/data"}
@@ -62,6 +62,17 @@ def test_a_value_that_only_a_cluster_has_must_be_given(source: str) -> None:
     with pytest.raises(UsageError, match=rf"HF_TOKEN: its value comes from a {source}.*--env HF_TOKEN=VALUE"):
         localize(container(env=env), paths={}, given_env={}, extra_env={})
     assert localize(container(env=env), paths={}, given_env={"HF_TOKEN": "x"}, extra_env={}).env == {"HF_TOKEN": "x"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "hub", "vllm"),
+    [
+        ({}, "/home/me/.cache/huggingface", "/home/me/.cache/vllm"),
+        ({"XDG_CACHE_HOME": "/c", "VLLM_CACHE_ROOT": "/v"}, "/c/huggingface", "/v"),
+    ],
+)
+def test_caches_are_this_users(environment: dict[str, str], hub: str, vllm: str) -> None:
+    assert machine_caches(environment, home=Path("/home/me")) == {"HF_HOME": hub, "VLLM_CACHE_ROOT": vllm}
 
 
 def test_volumes_become_folders(tmp_path: Path) -> None:

@@ -174,4 +174,4 @@ def test_the_panel_can_be_drawn_at_every_point_of_a_run(metrics: Path, pod: Loca
         shown.append(capture.get())
     assert "preparing the model" in shown[0]
     assert "starting vLLM" in shown[1]
-    assert "10/10" in shown[-1]
+    assert "step 10/10" in shown[-1]
