@@ -15,6 +15,7 @@ from kubernetes.aio import client
 
 from otj_operator.controller import Controller
 from otj_operator.controller.controller import OWN
+from otj_operator.kopf_storage import NoDiffBase, NoProgress
 from otj_operator.kube import load_configuration
 from otj_runtime.api import GROUP, PLURAL, VERSION
 from otj_runtime.pod import names
@@ -56,6 +57,8 @@ def build_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False  # events are ours: few, and told once
     settings.peering.standalone = True  # a peering that somebody made would silently pause us; the Lease decides
+    settings.persistence.diffbase_storage = NoDiffBase()
+    settings.persistence.progress_storage = NoProgress()
     settings.scanning.disabled = True  # no watching of CRDs and namespaces: fewer rights
     # Ended by the server, by us, and never later: connections that died without a word are found.
     settings.watching.server_timeout = 300

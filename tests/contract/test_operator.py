@@ -128,6 +128,7 @@ def test_the_job_belongs_to_its_owner_so_that_deleting_leaves_nothing(server: Ap
         "blockOwnerDeletion": True,
     }
     assert not parent["metadata"].get("finalizers")
+    assert "kopf" not in json.dumps(parent), "the operator leaves no marks on users' objects"
     server.kubectl("delete", "otj", "owned", "--timeout=10s")
     assert server.kubectl("get", "otj", "owned", "--ignore-not-found") == ""
 
