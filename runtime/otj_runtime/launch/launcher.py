@@ -105,7 +105,7 @@ class Launcher:
                 [
                     self._generator.run(),
                     self._watch_progress(started=time.monotonic()),
-                    preflight.check_rewards(self._config),
+                    preflight.check_inputs(self._config),
                     self._obey_signals(),
                 ],
             )

@@ -1,52 +1,75 @@
-"""Importing the rewards before anything large is loaded, in a process of their own: they are a user's code, which may take long,
-print, or end the interpreter. What is checked is what the ranks will do themselves, so the two cannot disagree."""
+"""Loading rewards and dataset before anything large is loaded, in a process of their own: rewards are a user's code, which may take
+long, print, or end the interpreter. What is checked is what the ranks will do themselves, so the two cannot disagree; but a rank
+imports torch and loads a model first, which takes a minute on a busy machine.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
+from types import FrameType
 
+from otj_runtime.data.load import load_prompts
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import DatasetInvalid, ExitCode, RewardImportFailed, RunError, exit_code
 from otj_runtime.rewards import load_rewards
 
-IMPORT_SECONDS = 120.0
+IMPORT_SECONDS = 120
 
 
-async def check_rewards(config: PodConfig) -> None:
-    """Load the job's rewards as the ranks do, and forget them.
+async def check_inputs(config: PodConfig) -> None:
+    """Load the job's rewards, and its dataset unless the hub has it, as the ranks do; then forget them.
 
     Raises:
         RewardImportFailed: naming the function that cannot be loaded, or all of them after IMPORT_SECONDS.
-        DatasetInvalid: if they are those of a built-in task that does not exist.
+        DatasetInvalid: if the task does not exist, or the file or folder cannot be used.
     """
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "otj_runtime.launch.preflight", stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe
     )
     try:
-        _, errors = await asyncio.wait_for(child.communicate(config.model_dump_json(by_alias=True).encode()), IMPORT_SECONDS)
-    except TimeoutError:
-        names = ", ".join(reward.function for reward in config.rewards)
-        raise RewardImportFailed(f"importing {names} took longer than {IMPORT_SECONDS:.0f} s") from None
+        _, errors = await child.communicate(config.model_dump_json(by_alias=True).encode())
     finally:
         if child.returncode is None:
             child.kill()
-    if child.returncode != 0:
+    # Killed by a signal, for memory say: that tells nothing of the input, and the ranks will find out.
+    if child.returncode is not None and child.returncode > 0:
         lines = errors.decode(errors="replace").strip().splitlines()
         message = lines[-1] if lines else f"importing the rewards ended the interpreter with status {child.returncode}"
         raise (DatasetInvalid if child.returncode == ExitCode.DATASET_INVALID else RewardImportFailed)(message)
 
 
 def main() -> int:
-    """Load the rewards of the configuration on standard input; on failure, say why in the last line of standard error."""
+    """Check the configuration on standard input; on failure, say why in the last line of standard error."""
     config = PodConfig.model_validate_json(sys.stdin.read())
+
+    def too_long(number: int, frame: FrameType | None) -> None:
+        names = ", ".join(reward.function for reward in config.rewards)
+        raise RewardImportFailed(f"importing {names} took longer than {IMPORT_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_long)
     try:
+        signal.alarm(IMPORT_SECONDS)
         load_rewards(config.rewards, task=config.dataset.task)
+        signal.alarm(0)
+        _check_dataset(config)
     except RunError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return exit_code(error.reason)
     return 0
+
+
+def _check_dataset(config: PodConfig) -> None:
+    """Load what needs no network. Errors that are not ours are left for the ranks to tell."""
+    if config.dataset.name is None:
+        try:
+            load_prompts(config.dataset, seed=0)
+        except RunError:
+            raise
+        except Exception as error:
+            print(f"preflight: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
