@@ -83,6 +83,9 @@ def _pod(job: OnlineTrainingJob, config: PodConfig, layout: Layout, default_imag
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
+        # As process 1 of its own namespace a program ignores SIGTERM until it installs a handler; vLLM does that after a minute of
+        # loading. Its GPUs would stay taken for the whole grace period when the trainer fails, or the job is deleted, before that.
+        "shareProcessNamespace": True,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": names.NON_ROOT_UID,
