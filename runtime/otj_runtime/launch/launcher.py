@@ -160,8 +160,10 @@ async def _first_failure(end: asyncio.Task[int], guards: list[Coroutine[Any, Any
                     raise error
         return None
     finally:
-        for task in waiting - {end}:
-            task.cancel()
+        guards_left = waiting - {end}
+        for guard in guards_left:
+            guard.cancel()
+        await asyncio.gather(*guards_left, return_exceptions=True)
 
 
 def _set_once(future: asyncio.Future[int], value: int) -> None:
