@@ -19,9 +19,14 @@ from otj_runtime.api import OnlineTrainingJob
 from otj_runtime.pod.commands import generator_command, generator_environment
 from otj_runtime.pod.config import Layout, PodConfig, resolve
 from otj_runtime.weights.control import GeneratorControl
+from tests.cluster.host import REPOSITORY
 from tests.integration.models import make_tiny_model
 
 START_SECONDS = 240.0
+
+VLLM_CACHE = REPOSITORY / "build" / "cache" / "vllm"
+"""Shared by all test servers and kept: vLLM notes there what it found out about a model's class, in a process of its own that imports
+everything once more."""
 
 
 class Generator:
@@ -54,7 +59,7 @@ class Generator:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *command[1:]],
-                env=os.environ | generator_environment(self.config),
+                env=os.environ | generator_environment(self.config) | {"VLLM_CACHE_ROOT": str(VLLM_CACHE)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

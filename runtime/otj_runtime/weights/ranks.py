@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from otj_runtime.pod.errors import RunError
+from otj_runtime.pod.errors import RunError, Stalled
 from otj_runtime.weights.errors import WeightSyncFailed
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ class Ranks:
         """Run `action` on rank 0 and return its result on every rank.
 
         Raises:
+            Stalled: if the other ranks are gone or do not come in time.
             RunError: what it raised, on every rank; other exceptions as WeightSyncFailed of `phase`.
         """
         outcome: list[Any] = [_outcome(action, phase) if self.rank == 0 else None]
@@ -45,6 +46,7 @@ class Ranks:
         """Run `action` on every rank; return all results, by rank, when all are done.
 
         Raises:
+            Stalled: if the other ranks are gone or do not come in time.
             RunError: what the lowest failing rank raised, on every rank; other exceptions as WeightSyncFailed of `phase`.
         """
         outcomes: list[Any] = [_outcome(action, phase)]
@@ -57,9 +59,8 @@ class Ranks:
         try:
             exchange()
         except RuntimeError as error:
-            raise WeightSyncFailed(
-                f"{phase}: rank {self.rank} lost the other ranks, or waited for them longer than {self._timeout_s:.0f} s: {error}",
-                phase=phase,
+            raise Stalled(
+                f"{phase}: rank {self.rank} lost the other ranks, or waited for them longer than {self._timeout_s:.0f} s: {error}"
             ) from error
 
 

@@ -36,7 +36,7 @@ from otj_runtime.weights.layout import Layout
 from otj_runtime.weights.mailbox import MailboxWriter, Ticket
 from otj_runtime.weights.probe import Agreement, compare, probe_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
-from otj_runtime.weights.tensors import is_sharded, policy_tensors, shares, whole
+from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares, whole
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ class WeightSync:
     def _attempt(self, version: int, began: float, *, attempt: int) -> tuple[SyncReport, _Pushed]:
         phases = Phases()
         ranks = self._connect()
+        reshard(self._model)
         tensors = policy_tensors(self._model)
         sharded = is_sharded(tensors)
         with phases("write"):
@@ -159,6 +160,7 @@ class WeightSync:
             written = ranks.together(lambda: self._write(ranks, writer, ticket, tensors, sharded), phase="write")
         # The forward of a sharded model is collective, so all ranks score it; else rank 0 does below, while the others wait.
         scores = trainer_scores(self._model, self._sequences) if sharded else None
+        reshard(self._model)
 
         def finish() -> tuple[SyncReport, _Pushed]:
             with phases("wait"):

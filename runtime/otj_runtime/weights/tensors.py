@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterator
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from otj_runtime.weights.errors import WeightSyncFailed
@@ -52,6 +53,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         gathered: torch.Tensor = tensor.full_tensor()
         return gathered
     return tensor
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Bring an FSDP model back to its shards: after a forward without backward, the root keeps its parameters gathered, as plain
+    tensors whose memory another forward may free."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(tensors: dict[str, torch.Tensor]) -> bool:

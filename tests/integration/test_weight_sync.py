@@ -1,0 +1,232 @@
+"""Weights on their way into a real vLLM server, and the proof that they arrived."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from otj_runtime.api import DType
+from otj_runtime.pod.errors import GeneratorNotReady
+from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
+from otj_runtime.weights.install import Phases, install
+from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.mailbox import MailboxWriter
+from otj_runtime.weights.probe import EXACT_BOUND, probe_sequences
+from otj_runtime.weights.sync import WeightSync
+from otj_runtime.weights.tensors import policy_tensors
+from tests.integration.conftest import Generator
+from tests.integration.models import VOCABULARY
+
+pytestmark = pytest.mark.integration
+
+FAMILIES = ["embed_tokens", "norm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SEQUENCES = probe_sequences(VOCABULARY)
+
+
+@pytest.fixture(params=["tied", "untied"])
+def server(request: pytest.FixtureRequest, generator: Callable[..., Generator]) -> Generator:
+    """A generator of a model with and without tied embeddings."""
+    return generator(request.getfixturevalue(f"{request.param}_model"))
+
+
+@pytest.fixture
+def tied_server(generator: Callable[..., Generator], tied_model: Path) -> Generator:
+    return generator(tied_model)
+
+
+def _load(model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def _sync(server: Generator, model: Any) -> WeightSync:
+    return WeightSync(
+        model=model, directory=Path(server.config.mailbox), control=server.control, dtype=DType.FLOAT32, ready_timeout_s=240.0
+    )
+
+
+def _perturb(model: Any, family: str, *, seed: int = 0) -> int:
+    """Change every parameter of a family by about a tenth; return their number."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [parameter for name, parameter in model.named_parameters() if family in name]
+    with torch.no_grad():
+        for parameter in chosen:
+            parameter.add_(0.1 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
+    return len(chosen)
+
+
+def _largest_difference(left: list[list[float]], right: list[list[float]]) -> float:
+    return max(abs(a - b) for row, other in zip(left, right, strict=True) for a, b in zip(row, other, strict=True))
+
+
+def test_after_a_push_the_generator_serves_the_trainers_weights_instead_of_its_dummy_ones(server: Generator) -> None:
+    report = _sync(server, _load(server.model)).push(0)
+    assert server.control.weight_version() == "0"
+    assert report.agreement.max_abs <= EXACT_BOUND
+    assert report.attempts == 1
+    assert report.bytes == 4 * sum(tensor.numel() for tensor in policy_tensors(_load(server.model)).values())
+
+
+def test_every_family_of_parameters_arrives(server: Generator) -> None:
+    model = _load(server.model)
+    sync = _sync(server, model)
+    sync.push(10)
+    families = [*FAMILIES, *(["lm_head"] if not model.config.tie_word_embeddings else [])]
+    for version, family in enumerate(families, start=11):
+        before = server.control.score(SEQUENCES)
+        assert _perturb(model, family) > 0
+        assert sync.push(version).agreement.max_abs <= EXACT_BOUND
+        # The change was large enough that the probe would have missed it.
+        assert _largest_difference(before, server.control.score(SEQUENCES)) > 5 * EXACT_BOUND, family
+
+
+def test_a_corrupted_mailbox_is_refused_and_the_previous_weights_go_on_serving(tied_server: Generator) -> None:
+    model = _load(tied_server.model)
+    sync = _sync(tied_server, model)
+    sync.push(30)
+    before = tied_server.control.score(SEQUENCES)
+    path = Path(tied_server.config.mailbox) / "policy.mailbox"
+    _perturb(model, "proj")
+    layout = _layout(model)
+    _publish(MailboxWriter(path, layout), model, version=31)
+    with path.open("r+b") as file:
+        # Both slots: the damage must hit the one that was published.
+        for slot in (0, 1):
+            file.seek(layout.slots_offset + slot * layout.slot_bytes + layout.tensors[5].offset)
+            file.write(b"\xff\xff\xff\xff")
+    with pytest.raises(
+        WeightSyncFailed, match=f"update: .*tensor {layout.tensors[5].name} of version 31 does not fit its checksum"
+    ) as caught:
+        install(tied_server.control, path, 31, Phases())
+    assert caught.value.phase == "update"
+    assert tied_server.control.weight_version() == "30"
+    assert tied_server.control.score(SEQUENCES) == before
+    assert sync.push(32).attempts == 1
+
+
+def test_a_model_of_another_shape_is_refused_with_the_phase(tied_server: Generator) -> None:
+    model = _load(tied_server.model)
+    sync = _sync(tied_server, model)
+    sync.push(33)
+    path = Path(tied_server.config.mailbox) / "policy.mailbox"
+    del model.model.layers[1]
+    _publish(MailboxWriter.create(path, _layout(model)), model, version=34)
+    with pytest.raises(WeightSyncFailed, match=r"update: .*version 34 brings nothing for \d+ parameters, the first is model.layers.1"):
+        install(tied_server.control, path, 34, Phases())
+    assert tied_server.control.weight_version() == "33"
+    assert _sync(tied_server, _load(tied_server.model)).push(35).agreement.max_abs <= EXACT_BOUND
+
+
+def test_a_trainer_that_is_another_model_than_it_sends_diverges(tied_server: Generator) -> None:
+    model = _load(tied_server.model)
+    model.model.norm.register_forward_hook(lambda module, args, output: output * 1.01)
+    with pytest.raises(WeightsDiverged, match=r"policy version 40 \(float32\): .* Worst: token \d+ at position"):
+        _sync(tied_server, model).push(40)
+
+
+def test_a_request_in_flight_is_finished_with_the_new_weights(tied_server: Generator) -> None:
+    model = _load(tied_server.model)
+    sync = _sync(tied_server, model)
+    sync.push(50)
+    answers: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: answers.append(_generate(tied_server.url, tokens=100, count=48)))
+    asking.start()
+    versions = [51, 52, 53]
+    for version in versions:
+        _perturb(model, "proj", seed=version)
+        assert sync.push(version).agreement.max_abs <= EXACT_BOUND
+    asking.join(timeout=120)
+    (answer,) = answers
+    spans = [choice["weight_versions"] for choice in answer["choices"]]
+    assert [row[-1]["end"] for row in spans] == [len(choice["token_ids"]) for choice in answer["choices"]]
+    for row in spans:
+        seen = [int(span["version"]) for span in row]
+        assert seen == sorted(seen)
+        assert set(seen) <= {50, *versions}
+
+
+def test_a_restarted_generator_gets_the_current_version_back_from_the_mailbox(tied_server: Generator) -> None:
+    model = _load(tied_server.model)
+    _perturb(model, "proj", seed=60)
+    sync = _sync(tied_server, model)
+    sync.push(60)
+    scores = tied_server.control.score(SEQUENCES)
+    _perturb(model, "proj", seed=61)  # the trainer has moved on; the mailbox has not
+    tied_server.kill()
+    assert tied_server.control.weight_version() is None
+    tied_server.start()
+    sync.reinstall()
+    assert tied_server.control.weight_version() == "60"
+    assert _largest_difference(tied_server.control.score(SEQUENCES), scores) <= EXACT_BOUND
+    sync.reinstall()  # nothing to do
+    assert sync.push(61).agreement.max_abs <= EXACT_BOUND
+
+
+def test_an_absent_generator_fails_the_push_after_its_deadline(tied_model: Path, tmp_path: Path) -> None:
+    control = GeneratorControl(f"http://127.0.0.1:{_free_port()}")
+    sync = WeightSync(model=_load(tied_model), directory=tmp_path, control=control, dtype=DType.FLOAT32, ready_timeout_s=0.5)
+    with pytest.raises(GeneratorNotReady, match=r"readyTimeoutSeconds"):
+        sync.push(0)
+    with pytest.raises(WeightSyncFailed, match="nothing was pushed yet"):
+        sync.reinstall()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_three_ranks_push_together(tied_server: Generator, tmp_path: Path, strategy: str) -> None:
+    store = f"tcp://127.0.0.1:{_free_port()}"
+    outputs = [tmp_path / f"{rank}.json" for rank in range(3)]
+    arguments = [str(tied_server.model), tied_server.url, tied_server.config.mailbox, strategy]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.push_rank", str(rank), "3", store, str(output), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0, 0]
+    seen = [json.loads(output.read_text()) for output in outputs]
+    # Every rank gets the same report, and the same error where the probe failed.
+    assert seen[0] == seen[1] == seen[2]
+    assert [entry["version"] for entry in seen[0]["reports"]] == [70, 71]
+    assert all(entry["max_abs"] <= EXACT_BOUND for entry in seen[0]["reports"])
+    assert "policy version 72 (float32): trainer and generator disagree" in seen[0]["error"]
+
+
+def _layout(model: Any) -> Layout:
+    return Layout.of(((name, tuple(tensor.shape)) for name, tensor in policy_tensors(model).items()), torch.float32)
+
+
+def _publish(writer: MailboxWriter, model: Any, *, version: int) -> None:
+    """Publish the model as `version`, without asking the generator to install it."""
+    ticket = writer.begin(version)
+    for name, tensor in policy_tensors(model).items():
+        writer.write(ticket, name, tensor)
+    writer.publish(ticket)
+
+
+def _generate(url: str, *, tokens: int, count: int) -> dict[str, Any]:
+    parameters = {"n": count, "max_tokens": tokens, "temperature": 1.0, "logprobs": 0, "output_kind": 2, "ignore_eos": True}
+    body = json.dumps({"model": "policy", "token_ids": [5, 6, 7, 8], "sampling_params": parameters}).encode()
+    request = urllib.request.Request(f"{url}/inference/v1/generate", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
