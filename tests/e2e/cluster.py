@@ -137,6 +137,13 @@ class Cluster:
             raise AssertionError(f"`{' '.join(command)}` took longer than {seconds:.0f} s") from None
 
 
+def operator_pod(admin: Cluster) -> Object:
+    """The operator's pod; one that is being replaced may take a while to go, and does not count."""
+    pods = admin.items("pods", "-n", SYSTEM, "-l", f"app.kubernetes.io/name={OPERATOR}")
+    [pod] = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+    return pod
+
+
 def eventually(what: str, look: Callable[[], T | None], *, seconds: float) -> T:
     """The first true answer of `look`, which is asked once a second.
 

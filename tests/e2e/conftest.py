@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.host import KUBECONFIG, REPOSITORY
-from tests.e2e.cluster import OPERATOR, SYSTEM, Cluster
+from tests.e2e.cluster import OPERATOR, SYSTEM, Cluster, operator_pod
 
 DELETE_SECONDS = 240
 
@@ -46,13 +46,16 @@ def admin(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def installed(admin: Cluster, readme: dict[str, str]) -> None:
-    """The operator of this checkout, installed with README's lines; one that runs already is replaced."""
+def installed(admin: Cluster, readme: dict[str, str]) -> Iterator[None]:
+    """The operator of this checkout, installed with README's lines; one that runs already is replaced. It must survive the tests."""
     before = admin.kubectl("get", "deployment", OPERATOR, "-n", SYSTEM, "-o", "name", "--ignore-not-found")
     admin.shell(readme["install"])
     if before:  # the images have a fixed tag: only a new pod runs the new one
         admin.kubectl("rollout", "restart", f"deployment/{OPERATOR}", "-n", SYSTEM)
     admin.shell(readme["ready"], seconds=300)
+    yield
+    restarts = [status["restartCount"] for status in operator_pod(admin)["status"]["containerStatuses"]]
+    assert restarts == [0], f"the operator was restarted: {restarts}\n{admin.report()}"
 
 
 @pytest.fixture(scope="module")

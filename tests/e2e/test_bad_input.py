@@ -33,7 +33,7 @@ def changed(name: str, change: dict[str, Any]) -> Object:
         ("one-gpu", {"gpus": 1}, "gpus: needs at least 2: one generates, the others train"),
         ("algorithm", {"algorithm": "PPO"}, 'spec.algorithm: Unsupported value: "PPO": supported values: "GRPO", "OnlineDPO"'),
         ("unknown-argument", {"training": {"learning_rte": 1.0e-3}}, 'unknown field "spec.training.learning_rte"'),
-        ("indivisible", {"training": {"num_generations": 7}}, "num_generations"),
+        ("indivisible", {"training": {"num_generations": 7}}, "training.num_generations: does not divide the completions of a rank"),
         ("model-twice", {"model": {"name": "a/b", "path": "/models/b"}}, "give exactly one of model.name"),
     ],
 )
