@@ -25,7 +25,11 @@ Manifest = dict[str, Any]
 GRACE_SECONDS = 120
 """Time a trainer has to save a checkpoint after SIGTERM."""
 
-_READY_CHECK = "import sys, urllib.request as u; u.urlopen(sys.argv[1] + '/health', timeout=2)"
+_READY_CHECK = """import sys, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1] + "/health", timeout=2)
+except OSError as error:
+    sys.exit(f"vLLM does not answer: {error}")"""
 
 
 def build_job(job: OnlineTrainingJob, *, default_image: str, layout: Layout = Layout(), output: str | None = None) -> Manifest:
