@@ -38,6 +38,7 @@ def gloo() -> None:
     Path(CONFIG.output, f"rank-{accelerator.process_index}").write_text(f"{accelerator.device.type} {int(total)}")
     if accelerator.is_main_process:
         report(current_step=1, total_steps=1, world_size=accelerator.num_processes)
+    accelerator.end_training()
 
 
 def crash() -> None:

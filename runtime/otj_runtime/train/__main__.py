@@ -64,7 +64,10 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     config = PodConfig.from_environment()
     try:
-        train(config, build_run(config))
+        run = build_run(config)
+        train(config, run)
+        # Gloo's threads, if the interpreter ends under them, now and then abort a rank that has done all its work.
+        run.trainer.accelerator.end_training()
     except Exception as error:
         if not isinstance(error, RunError):
             traceback.print_exc()
