@@ -24,7 +24,7 @@ from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Phases, install
 from otj_runtime.weights.layout import Layout
 from otj_runtime.weights.mailbox import MailboxWriter
-from otj_runtime.weights.probe import EXACT_BOUND, probe_sequences
+from otj_runtime.weights.probe import EXACT_BOUND, random_sequences
 from otj_runtime.weights.sync import WeightSync
 from otj_runtime.weights.tensors import policy_tensors
 from tests.integration.conftest import Generator
@@ -33,7 +33,7 @@ from tests.integration.models import VOCABULARY
 pytestmark = pytest.mark.integration
 
 FAMILIES = ["embed_tokens", "norm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SEQUENCES = probe_sequences(VOCABULARY)
+SEQUENCES = random_sequences(VOCABULARY)
 
 
 @pytest.fixture(params=["tied", "untied"])

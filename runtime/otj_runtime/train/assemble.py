@@ -127,7 +127,8 @@ def build_run(config: PodConfig) -> Run:
     encoder.check_lengths(prompts, max_tokens=_prompt_limit(config, arguments, model))
     if arguments.disable_dropout:
         switch_off_dropout(model)
-    generator = connect_generator(config, model=model, end_tokens=end_tokens(model, tokenizer))
+    encoded = (encoder.encode(prompts[index]["prompt"]) for index in range(len(prompts)))
+    generator = connect_generator(config, model=model, end_tokens=end_tokens(model, tokenizer), prompts=encoded)
     rollouts = Rollouts(engine=generator.engine, encoder=encoder, rewards=rewards, tokenizer=tokenizer)
     reporter = Reporter(output=Path(config.output), world_size=arguments.world_size)
     kind = GRPOTrainer if config.algorithm is Algorithm.GRPO else OnlineDPOTrainer

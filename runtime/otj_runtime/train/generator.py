@@ -6,6 +6,7 @@ mailbox again, the others find it done; so it costs the requests that were under
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ class Generator:
     weights: WeightSync
 
 
-def connect_generator(config: PodConfig, *, model: Any, end_tokens: set[int]) -> Generator:
+def connect_generator(config: PodConfig, *, model: Any, end_tokens: set[int], prompts: Iterable[list[int]]) -> Generator:
     """Both ways to the generator of `config`; nothing is asked of it yet.
 
     Args:
         model: the unwrapped policy whose weights are sent.
         end_tokens: tokens that end a completion.
+        prompts: token ids of the run's prompts, the same on every rank; the first few are what the weight sync proves itself with.
     """
     weights = WeightSync(
         model=model,
@@ -37,6 +39,7 @@ def connect_generator(config: PodConfig, *, model: Any, end_tokens: set[int]) ->
         control=GeneratorControl(config.generator_url),
         dtype=config.generator_dtype,
         ready_timeout_s=float(config.generator_ready_timeout_seconds),
+        prompts=prompts,
     )
     engine = VLLMEngine(config.generator_url, end_tokens=end_tokens, recover=weights.reinstall)
     return Generator(engine=engine, weights=weights)

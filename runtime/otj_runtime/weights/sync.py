@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from otj_runtime.weights.errors import MailboxError, WeightsDiverged, WeightSync
 from otj_runtime.weights.install import Phases, install, only_one
 from otj_runtime.weights.layout import Layout
 from otj_runtime.weights.mailbox import MailboxWriter, Ticket
-from otj_runtime.weights.probe import Agreement, compare, probe_sequences, trainer_scores
+from otj_runtime.weights.probe import Agreement, TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares, whole
 
@@ -76,6 +77,7 @@ class SyncReport:
             "sync/attempts": float(self.attempts),
             "sync/max_abs_logprob_diff": self.agreement.max_abs,
             "sync/mean_logprob_diff": self.agreement.mean,
+            "sync/logprob_diff_bound": self.agreement.bound,
             **{f"sync/{name}_s": seconds for name, seconds in self.phases.items()},
         }
 
@@ -85,7 +87,7 @@ class _Pushed:
     """What this run brought into the generator last: enough to do it again, and to prove it, without the trainer's weights."""
 
     version: int
-    scores: list[list[float]]
+    scores: TrainerScores
 
 
 class WeightSync:
@@ -97,17 +99,25 @@ class WeightSync:
         control: the generator.
         dtype: what the generator computes in.
         ready_timeout_s: how long the generator may take to start, in seconds.
+        prompts: token ids of prompts of the run, the same on every rank, for the probe; without any, it is made of random tokens.
     """
 
     def __init__(
-        self, *, model: Any, directory: Path, control: GeneratorControl, dtype: DType, ready_timeout_s: float = RETURN_SECONDS
+        self,
+        *,
+        model: Any,
+        directory: Path,
+        control: GeneratorControl,
+        dtype: DType,
+        ready_timeout_s: float = RETURN_SECONDS,
+        prompts: Iterable[list[int]] = (),
     ) -> None:
         self._model = model
         self._path = directory / f"{SERVED_MODEL}.mailbox"
         self._control = control
         self._dtype = DType(dtype)
         self._ready_timeout_s = ready_timeout_s
-        self._sequences = probe_sequences(model.config.get_text_config().vocab_size)
+        self._sequences = prompt_sequences(prompts) or random_sequences(model.config.get_text_config().vocab_size)
         self._ranks: Ranks | None = None
         self._writer: MailboxWriter | None = None
         self._pushed: _Pushed | None = None
@@ -159,7 +169,7 @@ class WeightSync:
             writer, ticket = self._begin(ranks, tensors, version)
             written = ranks.together(lambda: self._write(ranks, writer, ticket, tensors, sharded), phase="write")
         # The forward of a sharded model is collective, so all ranks score it; else rank 0 does below, while the others wait.
-        scores = trainer_scores(self._model, self._sequences) if sharded else None
+        scores = trainer_scores(self._model, self._sequences, self._dtype) if sharded else None
         reshard(self._model)
 
         def finish() -> tuple[SyncReport, _Pushed]:
@@ -169,7 +179,7 @@ class WeightSync:
                 writer.publish(ticket)
             install(self._control, self._path, version, phases)
             with phases("probe"):
-                pushed = _Pushed(version=version, scores=scores or trainer_scores(self._model, self._sequences))
+                pushed = _Pushed(version=version, scores=scores or trainer_scores(self._model, self._sequences, self._dtype))
                 agreement = self._compare(pushed, self._control.score(self._sequences))
             total = time.monotonic() - began
             report = SyncReport(

@@ -12,10 +12,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from otj_runtime.api import DType
 from otj_runtime.weights.errors import WeightsDiverged
-from otj_runtime.weights.probe import compare, probe_sequences, trainer_scores
+from otj_runtime.weights.probe import TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
 
 SEQUENCES = [[3, 1, 4], [1, 5, 9]]
-TRAINER = [[-1.0, -2.0], [-3.0, -4.0]]
+TRAINER = TrainerScores(logprobs=[[-1.0, -2.0], [-3.0, -4.0]], rounding=0.01)
 FLOAT32, ROUNDED = {DType.FLOAT32}, {DType.FLOAT32, DType.BFLOAT16}
 
 
@@ -33,24 +33,24 @@ def _shifted(by: float) -> list[list[float]]:
 
 @given(vocabulary=st.integers(1, 300_000))
 def test_probe_tokens_are_in_the_vocabulary_and_always_the_same(vocabulary: int) -> None:
-    sequences = probe_sequences(vocabulary)
+    sequences = random_sequences(vocabulary)
     assert all(0 <= token < vocabulary for row in sequences for token in row)
-    assert sequences == probe_sequences(vocabulary)
+    assert sequences == random_sequences(vocabulary)
     assert 32 <= sum(map(len, sequences)) <= 64
 
 
 def test_scores_are_the_log_softmax_at_the_next_token() -> None:
     model = _model().eval()
-    sequences = probe_sequences(50)
+    sequences = random_sequences(50)
     logprobs = torch.log_softmax(model(torch.tensor(sequences)).logits, -1).detach()
     expected = [[float(logprobs[row, i, token]) for i, token in enumerate(ids[1:])] for row, ids in enumerate(sequences)]
-    assert trainer_scores(model, sequences) == [pytest.approx(row, abs=1e-6) for row in expected]
+    assert trainer_scores(model, sequences, DType.FLOAT32).logprobs == [pytest.approx(row, abs=1e-6) for row in expected]
 
 
 def test_scoring_leaves_modes_and_gradients_as_they_were() -> None:
     model = _model().train()
     model.model.norm.eval()
-    trainer_scores(model, probe_sequences(50))
+    trainer_scores(model, random_sequences(50), DType.FLOAT32)
     assert model.training
     assert not model.model.norm.training
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -58,10 +58,10 @@ def test_scoring_leaves_modes_and_gradients_as_they_were() -> None:
 
 def test_scoring_is_full_precision_although_accelerate_wrapped_the_forward_in_autocast() -> None:
     model = _model()
-    exact = trainer_scores(model, probe_sequences(50))
+    exact = trainer_scores(model, random_sequences(50), DType.FLOAT32)
     wrapped = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
     model.forward = wrapped  # what accelerate's prepare_model does
-    assert trainer_scores(model, probe_sequences(50)) == exact
+    assert trainer_scores(model, random_sequences(50), DType.FLOAT32) == exact
     assert model.forward is wrapped
 
 
@@ -86,6 +86,36 @@ def test_the_bound_depends_on_the_coarsest_dtype(by: float, dtypes: set[DType], 
     else:
         with pytest.raises(WeightsDiverged):
             compare(TRAINER, _shifted(by), sequences=SEQUENCES, version=7, dtypes=dtypes)
+
+
+def test_sixteen_bits_may_differ_by_twice_what_rounding_changes_in_the_trainer() -> None:
+    coarse = TrainerScores(logprobs=TRAINER.logprobs, rounding=0.05)
+    assert compare(coarse, _shifted(0.39), sequences=SEQUENCES, version=7, dtypes=ROUNDED).bound == pytest.approx(0.1)
+    with pytest.raises(WeightsDiverged, match=r"bound 0\.1"):
+        compare(coarse, _shifted(0.41), sequences=SEQUENCES, version=7, dtypes=ROUNDED)
+    assert compare(coarse, _shifted(0.0), sequences=SEQUENCES, version=7, dtypes=FLOAT32).bound == 1e-4
+
+
+def test_the_trainer_measures_what_rounding_changes() -> None:
+    model = _model()
+    exact, rounded = (trainer_scores(model, random_sequences(50), dtype) for dtype in (DType.FLOAT32, DType.BFLOAT16))
+    assert exact.rounding == 0.0
+    assert 0.0 < rounded.rounding < 0.1
+    assert rounded.logprobs == exact.logprobs
+
+
+def test_sequences_of_different_lengths_are_scored_as_if_alone() -> None:
+    model = _model()
+    sequences = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    alone = [trainer_scores(model, [sequence], DType.FLOAT32).logprobs[0] for sequence in sequences]
+    assert trainer_scores(model, sequences, DType.FLOAT32).logprobs == [pytest.approx(row, abs=1e-5) for row in alone]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "taken"), [([], []), ([1, 1], []), ([30, 30, 30], [30, 30]), ([200, 30], [64]), ([5] * 40, [5] * 10), ([1, 9], [9])]
+)
+def test_prompts_are_taken_until_there_are_enough_tokens(lengths: list[int], taken: list[int]) -> None:
+    assert [len(row) for row in prompt_sequences([7] * length for length in lengths)] == taken
 
 
 def test_the_error_names_version_dtype_token_and_difference() -> None:
