@@ -56,8 +56,9 @@ def run(cluster: Cluster, readme: dict[str, str], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def training(run: Run) -> Run:
-    """Its ranks make steps."""
+    """Its ranks make steps, and the kubelet has noticed that the generator answers: its probe may be a period behind the first step."""
     run.cluster.wait_for(JOB, "Running", reason="Training", seconds=START_SECONDS)
+    run.cluster.wait_for(JOB, "GeneratorReady", reason="GeneratorServing", seconds=60)
     return run
 
 
