@@ -4,10 +4,10 @@ Every layer takes part in every score, and every row of the output matrix throug
 updated shows. The tokens are prompts of the run where there are some. Tokens drawn at random serve small models; a pretrained
 one meets contexts in them that it never saw, where rounding errors grow without limit.
 
-In float32 the bound is one number. In 16 bits both sides round differently, and by how much depends on the model: SmolLM2-135M
-in bfloat16 differs from itself in float32 by 0.048 to 0.055 on chat prompts, from vLLM's bfloat16 by 0.052 to 0.060, and from
-weights that are one perturbation of 2 % older by 0.21 to 0.29. So the trainer also scores the probe in the generator's dtype, and
-twice what that changes is allowed where it is more than `ROUNDED_BOUND`.
+In float32 the bound is one number. In 16 bits both sides round differently, and by how much depends on the model: on chat prompts
+SmolLM2-135M in bfloat16 differs from itself in float32 by 0.035 to 0.055, from vLLM's bfloat16 by 0.052 to 0.064, and vLLM from a
+trainer that is one perturbation of 2 % ahead by 0.21 to 0.29. So the trainer also scores the probe in the generator's dtype, and
+three times what that changes is allowed where it is more than `ROUNDED_BOUND`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ EXACT_BOUND = 1e-4
 ROUNDED_BOUND = 0.06
 """Mean difference that is always allowed where a side computes in 16 bits. Measured on sampled tokens: 0.02 to 0.04, unbiased."""
 
-PROMPT_TOKENS = 48
+ROUNDING_FACTOR = 3
+"""Mean difference that is allowed, in units of the trainer's own rounding. Measured: 1.1 to 1.7."""
+
+PROMPT_TOKENS = 32
 """Prompts are taken into the probe until they have this many tokens together."""
 
 LONGEST_PROMPT = 64
@@ -164,7 +167,7 @@ def compare(
     """
     difference = _differences(trainer.logprobs, generator)
     exact = dtypes == {DType.FLOAT32}
-    bound = EXACT_BOUND if exact else max(ROUNDED_BOUND, 2 * trainer.rounding)
+    bound = EXACT_BOUND if exact else max(ROUNDED_BOUND, ROUNDING_FACTOR * trainer.rounding)
     found, kind = (difference.worst, "largest") if exact else (difference.mean, "mean")
     if not found <= bound:  # written so that NaN fails
         row, position = difference.row, difference.position

@@ -70,9 +70,9 @@ class SyncReport:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The report as metrics by name."""
+        """The report as metrics by name; the total without the wait for a generator that was still starting."""
         return {
-            "sync/total_s": self.total_s,
+            "sync/total_s": self.total_s - self.phases.get("wait", 0.0),
             "sync/bytes": float(self.bytes),
             "sync/attempts": float(self.attempts),
             "sync/max_abs_logprob_diff": self.agreement.max_abs,

@@ -88,11 +88,11 @@ def test_the_bound_depends_on_the_coarsest_dtype(by: float, dtypes: set[DType], 
             compare(TRAINER, _shifted(by), sequences=SEQUENCES, version=7, dtypes=dtypes)
 
 
-def test_sixteen_bits_may_differ_by_twice_what_rounding_changes_in_the_trainer() -> None:
+def test_sixteen_bits_may_differ_by_three_times_what_rounding_changes_in_the_trainer() -> None:
     coarse = TrainerScores(logprobs=TRAINER.logprobs, rounding=0.05)
-    assert compare(coarse, _shifted(0.39), sequences=SEQUENCES, version=7, dtypes=ROUNDED).bound == pytest.approx(0.1)
-    with pytest.raises(WeightsDiverged, match=r"bound 0\.1"):
-        compare(coarse, _shifted(0.41), sequences=SEQUENCES, version=7, dtypes=ROUNDED)
+    assert compare(coarse, _shifted(0.59), sequences=SEQUENCES, version=7, dtypes=ROUNDED).bound == pytest.approx(0.15)
+    with pytest.raises(WeightsDiverged, match=r"bound 0\.15"):
+        compare(coarse, _shifted(0.61), sequences=SEQUENCES, version=7, dtypes=ROUNDED)
     assert compare(coarse, _shifted(0.0), sequences=SEQUENCES, version=7, dtypes=FLOAT32).bound == 1e-4
 
 
@@ -112,7 +112,7 @@ def test_sequences_of_different_lengths_are_scored_as_if_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "taken"), [([], []), ([1, 1], []), ([30, 30, 30], [30, 30]), ([200, 30], [64]), ([5] * 40, [5] * 10), ([1, 9], [9])]
+    ("lengths", "taken"), [([], []), ([1, 1], []), ([30, 30, 30], [30, 30]), ([200, 30], [64]), ([5] * 40, [5] * 7), ([1, 9], [9])]
 )
 def test_prompts_are_taken_until_there_are_enough_tokens(lengths: list[int], taken: list[int]) -> None:
     assert [len(row) for row in prompt_sequences([7] * length for length in lengths)] == taken
