@@ -95,7 +95,7 @@ class OnlineTrainer(Trainer):
         self._resumed_from: str | None = None
         self._random_state_restored = False
         self._pending: deque[MicroBatch] = deque()
-        self._step_began = time.monotonic()
+        self._step_began: float | None = None
 
     @abstractmethod
     def select(self, groups: list[Group]) -> Selection:
@@ -116,11 +116,8 @@ class OnlineTrainer(Trainer):
         version = self.state.global_step
         if self.weights is None or self._pushed_version == version:
             return
-        report = self.weights.push(version)
-        if self._syncs == 0:
-            self._step_began = time.monotonic()  # the first push waits for the generator's start, which is no part of a step
         self._syncs += 1
-        self.meters.add(report.metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
+        self.meters.add(self.weights.push(version).metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
         self._pushed_version = version
 
     def get_train_dataloader(self) -> PromptLoader:
@@ -140,6 +137,9 @@ class OnlineTrainer(Trainer):
     ) -> tuple[list[MicroBatch], None]:
         """The micro-batches of the next optimizer step, sampled now if the last generation is used up."""
         self._load_rng_state(self._resumed_from)
+        if self._step_began is None:
+            self.push_weights()  # the first push waits for the generator's start, which is no part of a step
+            self._step_began = time.monotonic()
         batches = []
         for samples in (item for _, item in zip(range(num_batches), epoch_iterator, strict=False)):
             if not self._pending:
@@ -226,7 +226,7 @@ class OnlineTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' log line plus everything measured since the last one, averaged over ranks. Collective."""
-        if "loss" in logs:
+        if "loss" in logs and self._step_began is not None:
             now = time.monotonic()
             self.meters.add({"step_time": (now - self._step_began) / max(1.0, self.config.logging_steps)})
             self._step_began = now
