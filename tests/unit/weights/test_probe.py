@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -69,8 +70,8 @@ def test_scoring_is_full_precision_although_accelerate_wrapped_the_forward_in_au
     ("by", "dtypes", "agrees"),
     [
         (0.0, FLOAT32, True),
-        (0.9e-4, FLOAT32, True),
-        (1.1e-4, FLOAT32, False),
+        (2.9e-4, FLOAT32, True),  # of a log-probability of -3
+        (3.1e-4, FLOAT32, False),
         (0.2, ROUNDED, True),  # mean of four: 0.05
         (0.3, ROUNDED, False),
         (0.2, {DType.FLOAT16}, True),
@@ -86,6 +87,13 @@ def test_the_bound_depends_on_the_coarsest_dtype(by: float, dtypes: set[DType], 
     else:
         with pytest.raises(WeightsDiverged):
             compare(TRAINER, _shifted(by), sequences=SEQUENCES, version=7, dtypes=dtypes)
+
+
+@pytest.mark.parametrize(("by", "agrees"), [(0.9e-4, True), (1.1e-4, False)])
+def test_a_likely_token_may_differ_by_the_bound_itself(by: float, agrees: bool) -> None:
+    likely = TrainerScores(logprobs=[[-0.5, -0.1]], rounding=0.0)
+    with nullcontext() if agrees else pytest.raises(WeightsDiverged):
+        compare(likely, [[-0.5 + by, -0.1]], sequences=[[1, 2, 3]], version=1, dtypes=FLOAT32)
 
 
 def test_sixteen_bits_may_differ_by_three_times_what_rounding_changes_in_the_trainer() -> None:
@@ -123,5 +131,5 @@ def test_the_error_names_version_dtype_token_and_difference() -> None:
         compare(TRAINER, _shifted(0.5), sequences=SEQUENCES, version=7, dtypes=FLOAT32)
     text = str(caught.value)
     assert "policy version 7 (float32)" in text
-    assert "largest difference 0.5, bound 0.0001" in text
+    assert "largest scaled difference 0.167, bound 0.0001" in text
     assert "token 5 at position 1 of sequence 1, trainer -3.000000, generator -2.500000" in text
