@@ -53,7 +53,7 @@ def _build(scratch: Path) -> Path:
     run(compiler, "mod", "download", kubernetes, cwd=module, timeout_s=600)
     source = Path(run(compiler, "env", "GOMODCACHE").strip()) / kubernetes
     # Kubernetes requires its own staging modules at v0.0.0 and replaces each by a folder, which its module zip lacks.
-    staging = sorted(set(re.findall(r"^\s+(k8s\.io/[a-z-]+) v0\.0\.0\b", (source / "go.mod").read_text(), re.MULTILINE)))
+    staging = sorted(set(re.findall(r"^\s+(k8s\.io/[a-z-]+) v0\.0\.0(?=\s)", (source / "go.mod").read_text(), re.MULTILINE)))
     with (module / "go.mod").open("a") as mod:
         mod.writelines(f"replace {name} => {name} v0.{MINOR}\n" for name in staging)
     packages = [f"k8s.io/kubernetes/cmd/{name}" for name in COMPONENTS]
