@@ -37,7 +37,7 @@ format: setup  ## Rewrite the code in the house style
 
 test: setup  ## Every test that needs no cluster: fast ones first, then those with real servers
 	$(BIN)/pytest -m 'not integration and not e2e'
-	$(BIN)/pytest -m integration
+	$(BIN)/pytest -m integration --durations=15
 
 MODELS := build/models
 
