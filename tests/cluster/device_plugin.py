@@ -24,6 +24,7 @@ from tests.cluster import device_plugin_api as api
 
 RESOURCE = "nvidia.com/gpu"
 SOCKET = "fake-gpu.sock"
+KUBELET_SOCKET = "kubelet.sock"
 VARIABLE = "NVIDIA_VISIBLE_DEVICES"
 KUBELET_FOLDER = Path("/var/lib/kubelet/device-plugins")
 
@@ -37,12 +38,16 @@ class DevicePlugin:
     def run(self) -> None:
         """Register again and again: after each restart of the kubelet, and while there is none yet."""
         while not self._stop.is_set():
+            if _identity(self._folder / KUBELET_SOCKET) is None:  # a kubelet empties the folder first, and then makes its socket
+                self._stop.wait(self._poll_s)
+                continue
             server = self._serve()
             try:
-                before = self._sockets()
+                served = self._sockets()
                 self._register()
                 print(f"registered {len(self._devices)} {RESOURCE} with the kubelet", flush=True)
-                while not self._stop.is_set() and self._sockets() == before:
+                # None: a kubelet that starts just now has emptied the folder again, so what was registered has no socket
+                while not self._stop.is_set() and None not in served and self._sockets() == served:
                     self._stop.wait(self._poll_s)
             except grpc.RpcError as error:
                 print(f"the kubelet did not take the registration: {error}", file=sys.stderr, flush=True)
@@ -52,11 +57,11 @@ class DevicePlugin:
 
     def _sockets(self) -> list[tuple[int, int] | None]:
         """The identity of both sockets, which changes when the kubelet starts anew."""
-        return [_identity(self._folder / name) for name in ("kubelet.sock", SOCKET)]
+        return [_identity(self._folder / name) for name in (KUBELET_SOCKET, SOCKET)]
 
     def _register(self) -> None:
         request = api.RegisterRequest(version=api.PACKAGE, endpoint=SOCKET, resource_name=RESOURCE)
-        with grpc.insecure_channel(f"unix:{self._folder}/kubelet.sock") as channel:
+        with grpc.insecure_channel(f"unix:{self._folder}/{KUBELET_SOCKET}") as channel:
             encode, decode = api.RegisterRequest.SerializeToString, api.Empty.FromString
             call = channel.unary_unary(api.REGISTER, request_serializer=encode, response_deserializer=decode)
             call(request, timeout=5, wait_for_ready=True)

@@ -29,7 +29,7 @@ class Kubelet:
     def start(self) -> None:
         """Begin as the real one does: with an empty plugin folder."""
         for entry in self.folder.iterdir():
-            entry.unlink()
+            entry.unlink(missing_ok=True)  # the plugin may remove its own in between
         handler = grpc.unary_unary_rpc_method_handler(
             self._register,
             request_deserializer=api.RegisterRequest.FromString,
