@@ -21,11 +21,11 @@ from otj_runtime.data.model import check_folder
 from otj_runtime.launch import accelerate, preflight, server, verdict
 from otj_runtime.launch.board import Board
 from otj_runtime.launch.generator import GeneratorWatch
-from otj_runtime.launch.processes import become_subreaper
 from otj_runtime.launch.ranks import Ranks
 from otj_runtime.launch.watchdog import Patience, stalled
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import ExitCode, FailureNote, RunError, Stalled, Terminated, WorldSizeMismatch, exit_code
+from otj_runtime.pod.processes import become_subreaper
 
 TRAIN_MODULE = "otj_runtime.train"
 WATCH_SECONDS = 0.5

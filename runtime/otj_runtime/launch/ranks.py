@@ -9,8 +9,8 @@ import signal
 import sys
 from typing import BinaryIO
 
-from otj_runtime.launch.processes import children, kill_descendants, reap, signal_all, zombies
 from otj_runtime.launch.verdict import Tail
+from otj_runtime.pod.processes import children, kill_descendants, reap, signal_all, zombies
 
 CHUNK_BYTES = 65536
 PIPE_SECONDS = 5.0

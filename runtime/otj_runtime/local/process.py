@@ -8,10 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
-from otj_runtime.launch.processes import signal_all
 from otj_runtime.local.containers import Container
+from otj_runtime.pod.processes import signal_all
 
-SHIM = "otj_runtime.local.shim"
+SHIM = "otj_runtime.pod.shim"
 
 
 class Process:

@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Console
 
 from otj_runtime.api import OnlineTrainingJob, Reason
-from otj_runtime.launch.processes import become_subreaper, kill_descendants, reap, zombies
 from otj_runtime.local.containers import Container, local_folders, localize, machine_caches, path_map
 from otj_runtime.local.devices import found_devices, split
 from otj_runtime.local.folder import RunFolder
@@ -29,6 +28,7 @@ from otj_runtime.pod.config import Layout, PodConfig, resolve
 from otj_runtime.pod.errors import FailureNote
 from otj_runtime.pod.manifest import build_job
 from otj_runtime.pod.names import METRICS_FILE, TRAINER_CONTAINER
+from otj_runtime.pod.processes import become_subreaper, kill_descendants, reap, zombies
 
 REFRESH_SECONDS = 0.25
 TAIL_LINES = 25

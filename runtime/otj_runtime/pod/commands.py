@@ -5,7 +5,8 @@ The generator is vLLM's own server: no wrapper, so that `kubectl describe` shows
 
 from __future__ import annotations
 
-from otj_runtime.api import Device, OnlineTrainingJob
+from otj_runtime.api import Device, DType, OnlineTrainingJob
+from otj_runtime.api.spec import GenerationSpec
 from otj_runtime.pod.config import CONFIG_ENV, PodConfig
 from otj_runtime.pod.names import SERVED_MODEL, STATUS_ROUTE
 
@@ -25,21 +26,33 @@ def trainer_command() -> list[str]:
 
 
 def generator_command(job: OnlineTrainingJob, config: PodConfig) -> list[str]:
-    """vLLM's server. It starts with dummy weights, because the first sync brings all of them."""
-    generation = job.spec.generation
-    host, port = config.generator_url.removeprefix("http://").rsplit(":", 1)
+    """The generator container's process."""
+    return server_command(
+        job.spec.generation, model=config.model_path, url=config.generator_url, dtype=config.generator_dtype, device=config.device
+    )
+
+
+def server_command(generation: GenerationSpec, *, model: str, url: str, dtype: DType, device: Device) -> list[str]:
+    """vLLM's server. It starts with dummy weights, because the first sync brings all of them.
+
+    Args:
+        model: folder of the model: its configuration and tokenizer.
+        url: where to listen, http://host:port.
+        dtype: what to compute in.
+    """
+    host, port = url.removeprefix("http://").rsplit(":", 1)
     command = [
         *(PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", config.model_path, "--served-model-name", SERVED_MODEL, "--load-format", "dummy"),
+        *("--model", model, "--served-model-name", SERVED_MODEL, "--load-format", "dummy"),
         *("--host", host, "--port", port),
-        *("--dtype", config.generator_dtype.value, "--tensor-parallel-size", str(generation.tensor_parallel_size or generation.gpus)),
+        *("--dtype", dtype.value, "--tensor-parallel-size", str(generation.tensor_parallel_size or generation.gpus)),
         *("--weight-transfer-config", WEIGHT_TRANSFER),
         *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"),
         "--enable-prefix-caching" if generation.enable_prefix_caching else "--no-enable-prefix-caching",
     ]
     if generation.max_model_len is not None:
         command += ["--max-model-len", str(generation.max_model_len)]
-    if config.device is Device.CUDA:
+    if device is Device.CUDA:
         command += ["--gpu-memory-utilization", str(generation.gpu_memory_utilization)]
     else:
         # Compiling for a CPU takes longer than short runs win by it. Only whole blocks are shared between the completions of a
@@ -63,13 +76,14 @@ def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:
 
 
 def generator_environment(config: PodConfig) -> dict[str, str]:
-    """What only the generator gets. Development mode opens the weight routes; they listen on loopback only."""
-    environment = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_CACHE_ROOT": f"{config.output}/.cache/vllm",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if config.device is Device.CPU:
+    """What only the generator container gets."""
+    return server_environment(config.device) | {"VLLM_CACHE_ROOT": f"{config.output}/.cache/vllm"}
+
+
+def server_environment(device: Device) -> dict[str, str]:
+    """What vLLM's server needs. Development mode opens the weight routes; they listen on loopback only."""
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if device is Device.CPU:
         # The default keeps a core idle; a generator and a trainer that take turns on few cores need all of them.
         environment |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
         # Eager leaves vLLM's small compiled helpers (the rank of a prompt's tokens); on a CPU they need a C++ compiler at run time.

@@ -150,7 +150,7 @@ time.sleep(600)
 
 OWNER = """
 import subprocess, sys
-shim = subprocess.Popen([sys.executable, "-m", "otj_runtime.local.shim", sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+shim = subprocess.Popen([sys.executable, "-m", "otj_runtime.pod.shim", sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
 print(shim.stdout.readline().strip(), shim.pid, flush=True)
 shim.wait()
 """

@@ -1,9 +1,9 @@
-"""The parent of one local container's process, as a container runtime's shim: when the process ends, everything it started ends.
+"""The parent of a process that must not outlive its starter, as a container runtime's shim is: when the process ends, everything it started ends.
 
-    python -m otj_runtime.local.shim COMMAND [ARGUMENT...]
+    python -m otj_runtime.pod.shim COMMAND [ARGUMENT...]
 
-SIGTERM and SIGINT go on to the process alone, as the kubelet signals a container's first process; SIGQUIT kills all of it. If
-`otj run` dies, by SIGKILL even, the kernel tells the shim, which kills all of it too.
+SIGTERM and SIGINT go on to the process alone, as the kubelet signals a container's first process; SIGQUIT kills all of it. If the
+starter dies, by SIGKILL even, the kernel tells the shim, which kills all of it too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from types import FrameType
 
-from otj_runtime.launch.processes import become_subreaper, die_with_parent, kill_descendants, signal_all
+from otj_runtime.pod.processes import become_subreaper, die_with_parent, kill_descendants, signal_all
 
 KILLED = 128 + signal.SIGKILL
 

@@ -10,7 +10,7 @@ from pathlib import Path
 FAMILY = """
 import subprocess, sys, time
 from pathlib import Path
-from otj_runtime.launch.processes import become_subreaper, descendants, kill_descendants, reap, zombies
+from otj_runtime.pod.processes import become_subreaper, descendants, kill_descendants, reap, zombies
 import os
 become_subreaper()
 sleep = "import time; time.sleep(600)"
@@ -36,7 +36,7 @@ PARENT = """
 import os, subprocess, sys
 child = '''
 import os, signal, sys, time
-from otj_runtime.launch.processes import die_with_parent
+from otj_runtime.pod.processes import die_with_parent
 die_with_parent(signal.SIGKILL, parent=int(sys.argv[1]))
 print(os.getpid(), flush=True)
 time.sleep(600)
