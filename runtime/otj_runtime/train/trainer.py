@@ -3,8 +3,7 @@
 One optimizer step, on every rank at once:
 
     prompts (PromptOrder)
-      -> weights.push(version)            the generator takes the current weights; the probe proves it
-      -> rollouts.collect(...)            this rank's prompts -> completions -> rewards
+      -> sampler.next(prompts)            weights into the generator, completions and rewards back: see `sampling`
       -> select(groups)                   what to train on: the subclass knows (advantages, pairs)
       -> micro-batches                    dealt out evenly, padded
       -> compute_loss per micro-batch     forward, the subclass's loss, backward
@@ -18,16 +17,15 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import Trainer
 
-from otj_runtime.rollout.collect import Rollouts, rollout_metrics
-from otj_runtime.rollout.types import Group, Sampling
+from otj_runtime.rollout.collect import Rollouts
+from otj_runtime.rollout.types import Group
 from otj_runtime.train.batch import MicroBatch, Selection, collate, split
 from otj_runtime.train.checkpoints import INCOMPLETE, publish_checkpoint, remove_old_checkpoints
 from otj_runtime.train.config import OnlineConfig
@@ -35,19 +33,7 @@ from otj_runtime.train.logprobs import completion_logprobs
 from otj_runtime.train.meters import Meters
 from otj_runtime.train.prompts import PromptLoader, PromptOrder
 from otj_runtime.train.report import Reporter
-
-
-class SyncReport(Protocol):
-    """What a weight sync tells of itself."""
-
-    @property
-    def metrics(self) -> dict[str, float]: ...
-
-
-class Weights(Protocol):
-    """Brings the policy into the generator. Collective: every rank calls it."""
-
-    def push(self, version: int) -> SyncReport: ...
+from otj_runtime.train.sampling import Sampler, Weights
 
 
 class OnlineTrainer(Trainer):
@@ -90,11 +76,11 @@ class OnlineTrainer(Trainer):
         self.meters = Meters()
         self.reporter = reporter
         self._pad_id = pad_id
-        self._pushed_version: int | None = None
-        self._syncs = 0
+        self.sampler = Sampler(
+            config=args, rollouts=rollouts, weights=weights, meters=self.meters, reporter=reporter, build=self._build_batches
+        )
         self._resumed_from: str | None = None
         self._random_state_restored = False
-        self._pending: deque[MicroBatch] = deque()
         self._step_began: float | None = None
 
     @abstractmethod
@@ -113,12 +99,7 @@ class OnlineTrainer(Trainer):
 
     def push_weights(self) -> None:
         """Bring the current policy into the generator, unless it is there already. Collective."""
-        version = self.state.global_step
-        if self.weights is None or self._pushed_version == version:
-            return
-        self._syncs += 1
-        self.meters.add(self.weights.push(version).metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
-        self._pushed_version = version
+        self.sampler.push(self.state.global_step)
 
     def get_train_dataloader(self) -> PromptLoader:
         """Prompts of this rank, one item per micro-batch."""
@@ -140,29 +121,13 @@ class OnlineTrainer(Trainer):
         if self._step_began is None:
             self.push_weights()  # the first push waits for the generator's start, which is no part of a step
             self._step_began = time.monotonic()
-        batches = []
-        for samples in (item for _, item in zip(range(num_batches), epoch_iterator, strict=False)):
-            if not self._pending:
-                self._pending = self._sample(samples)
-            batches.append(self._pending.popleft())
+        items = (item for _, item in zip(range(num_batches), epoch_iterator, strict=False))
+        batches = [self.sampler.next(samples, step=self.state.global_step) for samples in items]
         self._normalize(batches, device)
         return batches, None
 
-    def _sample(self, samples: list[dict[str, Any]]) -> deque[MicroBatch]:
-        self.push_weights()
-        began = time.monotonic()
-        sampling = Sampling(
-            count=self.config.num_generations, max_tokens=self.config.max_completion_length, temperature=self.config.temperature
-        )
-        groups = self.rollouts.collect(samples, sampling, policy_version=self.state.global_step)
-        self.meters.add(rollout_metrics(groups) | {"time/generate": time.monotonic() - began})
-        self.reporter.answers = self.rollouts.answers(groups)[: self.config.num_completions_to_print]
-        every = self._batches(self.select(groups)) * self.config.num_iterations
-        # A run that resumed in the middle of a generation has made some of its steps already.
-        made = (self.state.global_step * self.config.gradient_accumulation_steps) % len(every)
-        return deque(every[made:])
-
-    def _batches(self, selection: Selection) -> list[MicroBatch]:
+    def _build_batches(self, groups: list[Group]) -> list[MicroBatch]:
+        selection = self.select(groups)
         parts = split(selection.rows, parts=int(self.config.steps_per_generation or 1), unit=self.unit)
         batches = [collate(part, pad_id=self._pad_id, mask_truncated=self.config.mask_truncated_completions) for part in parts]
         for batch in batches:
