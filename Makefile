@@ -8,7 +8,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BIN := .venv/bin
 EXPORT = $(UV) export --quiet --format requirements-txt --no-hashes --no-emit-workspace --no-annotate --no-header
 
-.PHONY: help setup demo lint format test requirements generate
+.PHONY: help setup demo lint format test nightly requirements generate
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -38,8 +38,12 @@ format: setup  ## Rewrite the code in the house style
 	$(BIN)/ruff format .
 
 test: setup  ## Every test that needs no cluster: fast ones first, then those with real servers
-	$(BIN)/pytest -m 'not integration and not e2e'
-	$(BIN)/pytest -m integration --durations=15
+	$(BIN)/pytest -m 'not integration and not e2e and not nightly'
+	$(BIN)/pytest -m 'integration and not nightly' --durations=25
+
+nightly: setup  ## What takes too long for every change: many more examples and the slow cases with real servers
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -m 'not integration and not e2e'
+	$(BIN)/pytest -m 'nightly and not e2e' --durations=25
 
 MODELS := build/models
 
