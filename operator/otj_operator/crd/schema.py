@@ -4,7 +4,7 @@
           --inline----> one tree
           --clean-----> only keywords of the subset, x-kubernetes-* where the subset has no word for it
 
-An optional object whose fields have defaults gets the default {}, because the API server fills defaults only into objects that
+An object that is always there and whose fields have defaults gets the default {}, because the API server fills defaults only into objects that
 are there. Rules of a model become x-kubernetes-validations at the place where the model stands.
 """
 
@@ -132,7 +132,7 @@ def _items(node: Schema, *, defaults: bool) -> Schema:
 
 
 def _default(node: Schema, clean: Schema) -> Any:
-    if node.get("default") is not None:
+    if "default" in node:  # null where the field may be absent altogether
         return node["default"]
     fields = clean.get("properties", {}).values()
     if not clean.get("required") and any("default" in field for field in fields):

@@ -11,7 +11,7 @@ from typing import Any
 
 from otj_operator.crd.schema import Schema, preserving
 from otj_runtime.api import Algorithm, training_arguments
-from otj_runtime.api.training import RESERVED, Argument, reserved_arguments
+from otj_runtime.api.training import NOT_FOR_SCRIPTS, RESERVED, Argument, reserved_arguments
 
 
 def training_schema(description: str) -> Schema:
@@ -35,7 +35,7 @@ def job_rules() -> list[Schema]:
         for algorithm in Algorithm
         if algorithm not in argument.defaults
     )
-    return [*(_algorithm_rule(name, algorithm) for name, algorithm in foreign), _batch_rule()]
+    return [*(_algorithm_rule(name, algorithm) for name, algorithm in foreign), _batch_rule(), _script_rule()]
 
 
 def _argument(argument: Argument) -> Schema:
@@ -82,6 +82,12 @@ def _algorithm_rule(name: str, algorithm: Algorithm) -> Schema:
         "rule": f"self.algorithm != '{algorithm}' || !has(self.training.{name})",
         "message": f"training.{name}: unknown argument of {algorithm}Config",
     }
+
+
+def _script_rule() -> Schema:
+    """The object is always there, by its default, so each of its fields is asked for."""
+    given = " || ".join(f"has(self.training.{name})" for name in sorted(training_arguments()))
+    return {"rule": f"!has(self.trainer) || !({given})", "message": f"training: {NOT_FOR_SCRIPTS}"}
 
 
 def _batch_rule() -> Schema:

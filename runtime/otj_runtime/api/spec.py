@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from otj_runtime.api.base import ApiModel, Rule
-from otj_runtime.api.training import Algorithm, check_training
+from otj_runtime.api.training import NOT_FOR_SCRIPTS, Algorithm, check_training
 
 PodPiece = dict[str, Any]
 """A piece of a pod in the API server's own form."""
@@ -162,6 +162,27 @@ class AccelerateSpec(ApiModel):
     )
 
 
+class TrainerSpec(ApiModel):
+    """A training script of the user's own, in place of the built-in trainers."""
+
+    command: list[Annotated[str, Field(min_length=1, max_length=4096)]] = Field(
+        min_length=2,
+        max_length=256,
+        description='The script and its arguments: `[python, /scripts/train.py, --beta, "0.1"]` or `[python, -m, package.module, ...]`. '
+        "Each training rank runs it under `accelerate launch`, in the output folder, without a shell. $(NAME) stands for a variable "
+        "of the container's environment, such as $(OTJ_MODEL_PATH).",
+    )
+
+    rules = (
+        Rule(
+            cel="self.command[0] == 'python' && (self.command[1] == '-m' ? self.command.size() > 2 : !self.command[1].startsWith('-'))",
+            message="trainer.command must be python and a script, or python, -m and a module: the launcher itself puts `accelerate launch` "
+            "with the right number of processes before it, and there is no shell",
+            holds=lambda t: t.command[0] == "python" and (len(t.command) > 2 if t.command[1] == "-m" else not t.command[1].startswith("-")),
+        ),
+    )
+
+
 class ContainerResources(ApiModel):
     """Compute resources of the two containers, besides the accelerators that the split gives them."""
 
@@ -196,7 +217,7 @@ class OnlineTrainingJobSpec(ApiModel):
 
     algorithm: Algorithm = Field(description="Training method: GRPO or OnlineDPO.")
     model: ModelSpec = Field(description="The model to train.")
-    dataset: DatasetSpec = Field(description="The prompts to train on.")
+    dataset: DatasetSpec | None = Field(None, description="The prompts to train on. Give either dataset or trainer.command.")
     rewards: list[RewardSpec] = Field(
         default_factory=list,
         max_length=32,
@@ -209,6 +230,9 @@ class OnlineTrainingJobSpec(ApiModel):
     nodes: int = Field(1, ge=1, le=1, description="Pods of the job, each with `gpus` accelerators. This version runs one. Default: 1.")
     generation: GenerationSpec = Field(default_factory=GenerationSpec, description="The generator and its share of the accelerators.")
     training: dict[str, Any] = Field(default_factory=dict, description="Arguments of GRPOConfig or OnlineDPOConfig by their Python names.")
+    trainer: TrainerSpec | None = Field(
+        None, description="A training script of your own, such as one for TRL's GRPOTrainer. Default: the built-in trainer of `algorithm`."
+    )
     accelerate: AccelerateSpec = Field(default_factory=AccelerateSpec, description="How accelerate launches the training ranks.")
     image: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
         None, description="Runtime image of both containers. Default: the one the operator is configured with."
@@ -269,14 +293,26 @@ class OnlineTrainingJobSpec(ApiModel):
             holds=lambda s: s.gpus < 2 or s.generation.gpus < s.gpus,
         ),
         Rule(
-            cel="has(self.dataset.task) || (has(self.rewards) && self.rewards.size() > 0)",
+            cel="has(self.dataset) != has(self.trainer)",
+            message="give either dataset, for the built-in trainer, or trainer.command, whose script loads its own",
+            holds=lambda s: (s.dataset is None) != (s.trainer is None),
+        ),
+        Rule(
+            cel="!has(self.dataset) || has(self.dataset.task) || (has(self.rewards) && self.rewards.size() > 0)",
             message="rewards: give at least one, unless dataset.task is a built-in task, which brings its own",
-            holds=lambda s: s.dataset.task is not None or len(s.rewards) > 0,
+            holds=lambda s: s.dataset is None or s.dataset.task is not None or len(s.rewards) > 0,
+        ),
+        Rule(
+            cel="!has(self.trainer) || !has(self.rewards) || self.rewards.size() == 0",
+            message="rewards: are for the built-in trainer; a script in trainer.command has its own",
+            holds=lambda s: s.trainer is None or not s.rewards,
         ),
     )
 
     @model_validator(mode="after")
     def _check_training(self) -> OnlineTrainingJobSpec:
+        if self.trainer is not None and self.training:
+            raise ValueError(f"training.{next(iter(self.training))}: {NOT_FOR_SCRIPTS}")
         check_training(algorithm=self.algorithm, arguments=self.training, ranks=self.training_ranks)
         return self
 

@@ -41,6 +41,8 @@ RESERVED = {
 }
 """Arguments that the job itself decides, and the field that says so."""
 
+NOT_FOR_SCRIPTS = "configures the built-in trainer; give the script of trainer.command its arguments there"
+
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,12 @@ def write_settings(keys: Settings, directory: Path) -> Path:
     return path
 
 
-def command(keys: Settings, *, config_file: Path, threads: int, module: str) -> list[str]:
+def command(keys: Settings, *, config_file: Path, threads: int, module: str, arguments: Sequence[str] = ()) -> list[str]:
     """The command line. What must not be guessed is said again, because accelerate fills gaps from the machine."""
     explicit = ("num_processes", "num_machines", "machine_rank", "mixed_precision", "main_process_port")
     flags = [part for key in explicit for part in (f"--{key}", str(keys[key]))]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-    return [*launch, *flags, "--num_cpu_threads_per_process", str(threads), "--module", module]
+    return [*launch, *flags, "--num_cpu_threads_per_process", str(threads), "--module", module, *arguments]
 
 
 def environment(keys: Settings, *, threads: int) -> dict[str, str]:

@@ -28,6 +28,7 @@ from otj_runtime.pod.errors import ExitCode, FailureNote, RunError, Stalled, Ter
 from otj_runtime.pod.processes import become_subreaper
 
 TRAIN_MODULE = "otj_runtime.train"
+SCRIPT_MODULE = "otj_runtime.compat"
 WATCH_SECONDS = 0.5
 
 
@@ -36,13 +37,13 @@ class Launcher:
 
     Args:
         config: the pod's configuration.
-        module: what each rank runs, as `python -m`.
+        module: what each rank runs, as `python -m`. Default: the built-in trainer, or what runs the user's own script.
         patience: deadlines.
     """
 
-    def __init__(self, config: PodConfig, *, module: str = TRAIN_MODULE, patience: Patience = Patience()) -> None:
+    def __init__(self, config: PodConfig, *, module: str | None = None, patience: Patience = Patience()) -> None:
         self._config = config
-        self._module = module
+        self._module = module or (SCRIPT_MODULE if config.script else TRAIN_MODULE)
         self._patience = patience
         self._directory = Path(config.run_directory)
         self._board = Board()
@@ -92,7 +93,7 @@ class Launcher:
             cores=accelerate.usable_cores(), ranks=self._config.training_ranks, asked=os.environ.get("OMP_NUM_THREADS")
         )
         config_file = accelerate.write_settings(keys, self._directory)
-        command = accelerate.command(keys, config_file=config_file, threads=threads, module=self._module)
+        command = accelerate.command(keys, config_file=config_file, threads=threads, module=self._module, arguments=self._config.script)
         return await Ranks.start(command, accelerate.environment(keys, threads=threads))
 
     async def _train(self, ranks: Ranks) -> FailureNote | None:

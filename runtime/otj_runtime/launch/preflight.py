@@ -19,12 +19,15 @@ IMPORT_SECONDS = 120
 
 
 async def check_inputs(config: PodConfig) -> None:
-    """Load the job's rewards, and its dataset unless the hub has it, as the ranks do; then forget them.
+    """Load the job's rewards, and its dataset unless the hub has it, as the ranks do; then forget them. A script of the user's own
+    loads what only it knows, so there is nothing to check.
 
     Raises:
         RewardImportFailed: naming the function that cannot be loaded, or all of them after IMPORT_SECONDS.
         DatasetInvalid: if the task does not exist, or the file or folder cannot be used.
     """
+    if config.script:
+        return
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "otj_runtime.launch.preflight", stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe
@@ -52,7 +55,7 @@ def main() -> int:
     signal.signal(signal.SIGALRM, too_long)
     try:
         signal.alarm(IMPORT_SECONDS)
-        load_rewards(config.rewards, task=config.dataset.task)
+        load_rewards(config.rewards, task=config.prompts.task)
         signal.alarm(0)
         _check_dataset(config)
     except RunError as error:
@@ -63,9 +66,9 @@ def main() -> int:
 
 def _check_dataset(config: PodConfig) -> None:
     """Load what needs no network. Errors that are not ours are left for the ranks to tell."""
-    if config.dataset.name is None:
+    if config.prompts.name is None:
         try:
-            load_prompts(config.dataset, seed=0)
+            load_prompts(config.prompts, seed=0)
         except RunError:
             raise
         except Exception as error:

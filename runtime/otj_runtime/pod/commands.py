@@ -92,8 +92,11 @@ def server_environment(device: Device) -> dict[str, str]:
 
 
 def trainer_environment(config: PodConfig) -> dict[str, str]:
-    """What only the trainer gets: the Kubeflow progress contract, which transformers' own reporter speaks too."""
+    """What only the trainer gets: the Kubeflow progress contract, which transformers' own reporter speaks too, and what a script of
+    the user's own may want to know."""
     return {
+        "OTJ_MODEL_PATH": config.model_path,
+        "OTJ_OUTPUT": config.output,
         "KUBEFLOW_TRAINER_SERVER_URL": f"http://127.0.0.1:{config.progress_port}{STATUS_ROUTE}",
         "KUBEFLOW_TRAINER_SERVER_TOKEN": f"{config.run_directory}/token",
     }

@@ -43,9 +43,10 @@ class PodConfig(ApiModel):
     model_name: str | None = None
     model_revision: str | None = None
     model_dtype: DType
-    dataset: DatasetSpec
+    dataset: DatasetSpec | None = Field(None, description="None if a script of the user's own trains.")
     rewards: list[RewardSpec]
     training: dict[str, Any]
+    script: list[str] = Field(default_factory=list, description="The user's own script and its arguments; empty for the built-in trainer.")
     accelerate: AccelerateSpec
     device: Device
     training_ranks: int
@@ -62,6 +63,17 @@ class PodConfig(ApiModel):
     progress_port: int
     rendezvous_port: int
     termination_log: str
+
+    @property
+    def prompts(self) -> DatasetSpec:
+        """The dataset of the built-in trainer.
+
+        Raises:
+            InvalidSpec: if there is none, because a script of the user's own trains.
+        """
+        if self.dataset is None:
+            raise InvalidSpec("spec.dataset is missing: the built-in trainer has nothing to train on")
+        return self.dataset
 
     @classmethod
     def from_environment(cls) -> PodConfig:
@@ -94,6 +106,7 @@ def resolve(job: OnlineTrainingJob, layout: Layout = Layout(), *, output: str | 
         dataset=spec.dataset,
         rewards=spec.rewards,
         training=spec.training,
+        script=[] if spec.trainer is None else spec.trainer.command[1:],
         accelerate=spec.accelerate,
         device=spec.accelerator.device,
         training_ranks=spec.training_ranks,

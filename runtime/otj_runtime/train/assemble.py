@@ -121,8 +121,8 @@ def build_run(config: PodConfig) -> Run:
     arguments = build_arguments(config)
     tokenizer = load_tokenizer(config)
     encoder = PromptEncoder(tokenizer)
-    prompts = load_prompts(config.dataset, seed=arguments.seed)
-    rewards = load_rewards(config.rewards, task=config.dataset.task)
+    prompts = load_prompts(config.prompts, seed=arguments.seed)
+    rewards = load_rewards(config.rewards, task=config.prompts.task)
     model = load_model(config)
     encoder.check_lengths(prompts, max_tokens=_prompt_limit(config, arguments, model))
     if arguments.disable_dropout:
@@ -145,7 +145,7 @@ def build_run(config: PodConfig) -> Run:
     trainer.remove_callback(PrinterCallback)  # the reporter's lines say the same, readably
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)
-    held_out = held_out_prompts(config.dataset)[: arguments.eval_prompts]
+    held_out = held_out_prompts(config.prompts)[: arguments.eval_prompts]
     return Run(trainer=trainer, tokenizer=tokenizer, reporter=reporter, stop=stop, held_out=held_out)
 
 

@@ -51,6 +51,8 @@ def changed(changes: dict[str, Any], *, name: str = "run") -> Object:
 
 EXACTLY_ONE_MODEL = "give exactly one of model.name (fetched from the hub) and model.path (a folder on a mounted volume)"
 EXACTLY_ONE_DATASET = "give exactly one of dataset.task (built in), dataset.name (on the hub) and dataset.path (on a mounted volume)"
+DATASET_OR_SCRIPT = "give either dataset, for the built-in trainer, or trainer.command, whose script loads its own"
+SCRIPT = ["python", "/scripts/train.py"]
 TOO_FEW_GPUS = "gpus: needs at least 2: one generates, the others train"
 NOT_DIVIDED = "does not divide the"
 OTHER = "unknown argument of"
@@ -76,7 +78,30 @@ INVALID = [
     Invalid("a relative model path", {"model": {"path": "models/x"}}, "model.path must be absolute"),
     Invalid("a revision of a path", {"model": {"path": "/m", "revision": "main"}}, "model.revision goes with model.name"),
     Invalid("an unknown dtype", {"model.dtype": "int8"}, 'spec.model.dtype: Unsupported value: "int8"', "spec.model.dtype"),
-    Invalid("no dataset", {"dataset": None}, "spec.dataset: Required value", "spec.dataset"),
+    Invalid("no dataset", {"dataset": None}, DATASET_OR_SCRIPT),
+    Invalid("a dataset for a script", {"trainer.command": SCRIPT}, DATASET_OR_SCRIPT),
+    Invalid(
+        "rewards for a script",
+        {"dataset": None, "trainer.command": SCRIPT, "rewards": [{"function": "my.reward"}]},
+        "rewards: are for the built-in trainer; a script in trainer.command has its own",
+    ),
+    Invalid(
+        "arguments for a script",
+        {"dataset": None, "trainer.command": SCRIPT, "training.learning_rate": 0.1},
+        "configures the built-in trainer; give the script of trainer.command its arguments there",
+    ),
+    *(
+        Invalid(
+            f"the command {' '.join(command)}", {"dataset": None, "trainer.command": command}, "trainer.command must be python and a script"
+        )
+        for command in (["accelerate", "launch", "train.py"], ["bash", "-c", "python train.py"], ["python", "-m"], ["python", "-c", "pass"])
+    ),
+    Invalid(
+        "a command without a script",
+        {"dataset": None, "trainer.command": ["python"]},
+        "spec.trainer.command in body should have at least 2 items",
+        "spec.trainer.command",
+    ),
     Invalid("an empty dataset", {"dataset": {}}, EXACTLY_ONE_DATASET),
     Invalid("two datasets", {"dataset.name": "org/data"}, EXACTLY_ONE_DATASET),
     Invalid(
