@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from otj_runtime.api.base import ApiModel, Rule
+from otj_runtime.api.inputs import DatasetSpec, PathText, RewardSpec, ShortText
 from otj_runtime.api.training import NOT_FOR_SCRIPTS, Algorithm, check_training
 
 PodPiece = dict[str, Any]
@@ -21,10 +22,6 @@ PodPiece = dict[str, Any]
 def _named_by(key: str) -> dict[str, Any]:
     """Makes a list of pod pieces one that server-side apply merges entry by entry, and in which `key` is unique."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
-
-
-ShortText = Annotated[str, Field(min_length=1, max_length=253)]
-PathText = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class Device(StrEnum):
@@ -72,50 +69,6 @@ class ModelSpec(ApiModel):
             message="model.revision goes with model.name; a model.path has no revisions",
             holds=lambda m: m.revision is None or m.name is not None,
         ),
-    )
-
-
-class DatasetSpec(ApiModel):
-    """Where prompts come from: a built-in task, a dataset on the hub, or files on a mounted volume."""
-
-    task: ShortText | None = Field(
-        None, description="A built-in task: addition, copy or reverse. It brings its own reward. Give one of task, name and path."
-    )
-    name: ShortText | None = Field(None, description="Name of a dataset on the hub. Give one of task, name and path.")
-    path: PathText | None = Field(
-        None,
-        description="Absolute path on a mounted volume: a JSONL file or a folder that `datasets` can load. Give one of task, name and path.",
-    )
-    split: ShortText = Field("train", description="Split to train on. Default: train.")
-    columns: dict[str, Annotated[str, Field(max_length=253)]] = Field(
-        default_factory=dict,
-        max_length=32,
-        description="Renames columns: key is the name used here (prompt, answer, ...), value the dataset's own. Default: none renamed.",
-    )
-    args: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Arguments of the built-in task, such as its length or seed, or of `datasets.load_dataset` for a name or folder. Default: none.",
-    )
-
-    rules = (
-        Rule(
-            cel="(has(self.task) ? 1 : 0) + (has(self.name) ? 1 : 0) + (has(self.path) ? 1 : 0) == 1",
-            message="give exactly one of dataset.task (built in), dataset.name (on the hub) and dataset.path (on a mounted volume)",
-            holds=lambda d: sum(x is not None for x in (d.task, d.name, d.path)) == 1,
-        ),
-    )
-
-
-class RewardSpec(ApiModel):
-    """One reward function."""
-
-    function: Annotated[str, Field(min_length=3, max_length=253, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*$")] = Field(
-        description="Import path of a callable, as package.module.function. It gets prompts, completions, completion_ids and the "
-        "dataset's columns, and returns one number (or None) per completion."
-    )
-    weight: float = Field(1.0, description="Factor of this reward in the sum. Default: 1.")
-    args: dict[str, Any] = Field(
-        default_factory=dict, description="Keyword arguments bound to the function before training. Default: none."
     )
 
 

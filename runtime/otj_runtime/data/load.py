@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, overload
 
-from otj_runtime.api.spec import DatasetSpec
+from otj_runtime.api.inputs import DatasetSpec
 from otj_runtime.data.tasks import Sample, make_samples
 from otj_runtime.pod.errors import DatasetInvalid
 

@@ -49,7 +49,7 @@ def main() -> int:
     config = PodConfig.model_validate_json(sys.stdin.read())
 
     def too_long(number: int, frame: FrameType | None) -> None:
-        names = ", ".join(reward.function for reward in config.rewards)
+        names = ", ".join(reward.function for reward in config.rewards if reward.function is not None)
         raise RewardImportFailed(f"importing {names} took longer than {IMPORT_SECONDS} s")
 
     signal.signal(signal.SIGALRM, too_long)

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from otj_runtime.api import Algorithm, ApiModel, Device, DType, OnlineTrainingJob
-from otj_runtime.api.spec import AccelerateSpec, DatasetSpec, RewardSpec
+from otj_runtime.api.inputs import DatasetSpec, RewardSpec
+from otj_runtime.api.spec import AccelerateSpec
 from otj_runtime.pod.errors import InvalidSpec
 
 CONFIG_ENV = "OTJ_CONFIG"

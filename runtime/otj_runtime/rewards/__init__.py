@@ -1,10 +1,11 @@
-"""Rewards: functions that judge completions. Importable without torch.
+"""Rewards: what judges completions. Importable without torch.
 
-`builtin` has ours, `loading` finds a user's and binds its arguments, `scoring` calls them and checks what comes back.
+`builtin` has our functions, `model` sequence-classification models, `judge` and `http_judge` pairwise comparison; `loading` turns what a
+job or a script names into `Rewards`, and `scoring` calls them and checks what comes back.
 """
 
 from otj_runtime.rewards.builtin import exact_match, last_integer, position_match
-from otj_runtime.rewards.loading import load_rewards
+from otj_runtime.rewards.loading import build_rewards, load_rewards
 from otj_runtime.rewards.scoring import Reward, Rewards, RewardTable
 
-__all__ = ["Reward", "RewardTable", "Rewards", "exact_match", "last_integer", "load_rewards", "position_match"]
+__all__ = ["Reward", "RewardTable", "Rewards", "build_rewards", "exact_match", "last_integer", "load_rewards", "position_match"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from otj_runtime.data.tokenize import PromptEncoder
@@ -51,13 +53,21 @@ class Rollouts:
             completions=[group.texts[i] for group, i in rows],
             completion_ids=[group.completions[i].token_ids for group, i in rows],
             columns=columns,
+            group_ids=[number for number, group in enumerate(groups) for _ in group.completions],
         )
         for (group, _), total in zip(rows, table.totals, strict=True):
             group.rewards.append(total)
 
     def answers(self, groups: list[Group]) -> list[Answer]:
-        """The first completion of each group, for people."""
-        return [Answer(prompt=prompt_text(group.sample["prompt"]), completion=group.texts[0], reward=group.rewards[0]) for group in groups]
+        """The first completion of each group, for people; one without a reward shows 0."""
+        return [
+            Answer(
+                prompt=prompt_text(group.sample["prompt"]),
+                completion=group.texts[0],
+                reward=0.0 if math.isnan(group.rewards[0]) else group.rewards[0],
+            )
+            for group in groups
+        ]
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
@@ -66,25 +76,32 @@ def prompt_text(prompt: str | list[dict[str, str]]) -> str:
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """What groups tell of themselves, under TRL's names."""
+    """What groups tell of themselves, under TRL's names. Completions without a reward (NaN) count in none of the rewards' numbers."""
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
-    finished = [completion.finished for group in groups for completion in group.completions]
-    rewards = [reward for group in groups for reward in group.rewards]
-    spreads = [max(group.rewards) - min(group.rewards) for group in groups]
-    deviations = [_deviation(group.rewards) for group in groups]
+    ended = [len(completion.token_ids) for group in groups for completion in group.completions if completion.finished]
+    rewards = [[reward for reward in group.rewards if not math.isnan(reward)] for group in groups]
+    scored = [found for found in rewards if found] or [[0.0]]
     prompt_tokens = sum(len(group.prompt_ids) * len(group.completions) for group in groups)
     return {
-        "reward": sum(rewards) / len(rewards),
-        "reward_std": sum(deviations) / len(deviations),
-        "frac_reward_zero_std": sum(spread == 0 for spread in spreads) / len(spreads),
-        "completions/mean_length": sum(lengths) / len(lengths),
+        "reward": _mean([reward for found in scored for reward in found]),
+        "reward_std": _mean([_deviation(found) for found in scored]),
+        "frac_reward_zero_std": _mean([float(max(found) == min(found)) for found in scored]),
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": 1 - sum(finished) / len(finished),
+        "completions/mean_terminated_length": _mean(ended or [0]),
+        "completions/min_terminated_length": float(min(ended, default=0)),
+        "completions/max_terminated_length": float(max(ended, default=0)),
+        "completions/clipped_ratio": 1 - len(ended) / len(lengths),
         "num_tokens": float(prompt_tokens + sum(lengths)),
         "tokens_generated": float(sum(lengths)),
     }
 
 
-def _deviation(values: list[float]) -> float:
-    mean = sum(values) / len(values)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    mean = _mean(values)
     return float((sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5)

@@ -53,6 +53,7 @@ EXACTLY_ONE_MODEL = "give exactly one of model.name (fetched from the hub) and m
 EXACTLY_ONE_DATASET = "give exactly one of dataset.task (built in), dataset.name (on the hub) and dataset.path (on a mounted volume)"
 DATASET_OR_SCRIPT = "give either dataset, for the built-in trainer, or trainer.command, whose script loads its own"
 SCRIPT = ["python", "/scripts/train.py"]
+EXACTLY_ONE_REWARD = "give exactly one of function, model and judge in each of rewards"
 TOO_FEW_GPUS = "gpus: needs at least 2: one generates, the others train"
 NOT_DIVIDED = "does not divide the"
 OTHER = "unknown argument of"
@@ -113,8 +114,18 @@ INVALID = [
         "spec.rewards[0].function in body should match",
         "spec.rewards.0.function",
     ),
+    Invalid("a reward without function", {"rewards": [{"weight": 1.0}]}, EXACTLY_ONE_REWARD),
+    Invalid("a reward of two kinds", {"rewards": [{"function": "a.b", "model": "org/model"}]}, EXACTLY_ONE_REWARD),
     Invalid(
-        "a reward without function", {"rewards": [{"weight": 1.0}]}, "spec.rewards[0].function: Required value", "spec.rewards.0.function"
+        "credentials in the address of a judge",
+        {"rewards": [{"judge": {"url": "http://me:secret@host/v1", "model": "m"}}]},
+        "spec.rewards[0].judge.url in body should match",
+        "spec.rewards.0.judge.url",
+    ),
+    Invalid(
+        "a judge that never sees an answer",
+        {"rewards": [{"judge": {"url": "http://host/v1", "model": "m", "template": "{prompt}: {a} or b?"}}]},
+        "judge.template must contain {prompt}, {a} and {b}",
     ),
     Invalid("every GPU generates", {"generation.gpus": 4}, "generation.gpus must leave at least one of gpus to train"),
     Invalid(

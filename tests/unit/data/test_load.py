@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otj_runtime.api.spec import DatasetSpec
+from otj_runtime.api.inputs import DatasetSpec
 from otj_runtime.data.load import held_out_prompts, load_prompts, read_jsonl
 from otj_runtime.pod.errors import DatasetInvalid
 

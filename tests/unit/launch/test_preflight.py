@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from otj_runtime.api.spec import DatasetSpec, RewardSpec
+from otj_runtime.api.inputs import DatasetSpec, RewardSpec
 from otj_runtime.launch.preflight import check_inputs
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import DatasetInvalid, RewardImportFailed

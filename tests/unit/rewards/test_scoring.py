@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from typing import Any
@@ -16,14 +17,15 @@ from hypothesis import strategies as st
 
 from otj_runtime.pod.errors import RewardFailed
 from otj_runtime.rewards import Reward, Rewards, RewardTable, scoring
+from otj_runtime.rewards.scoring import CONTEXT_KEYWORDS
 
 TEXTS = ["one", "two", "three"]
 
 
 def rewards(*functions: Any, weights: list[float] | None = None, timeout_s: float = 10.0) -> Rewards:
     weights = weights or [1.0] * len(functions)
-    named = [Reward(name=f"f{i}", function=f, weight=w) for i, (f, w) in enumerate(zip(functions, weights, strict=True))]
-    return Rewards(named, timeout_s=timeout_s)
+    found = enumerate(zip(functions, weights, strict=True))
+    return Rewards([Reward(name=f"f{i}", function=f, weight=w, timeout_s=timeout_s) for i, (f, w) in found])
 
 
 def score(judges: Rewards, texts: list[str] = TEXTS, *, prompt: Any = "say", **columns: list[Any]) -> RewardTable:
@@ -43,7 +45,40 @@ def test_a_function_gets_prompts_completions_tokens_and_columns_by_name() -> Non
         return [0.0, 0.0, 0.0]
 
     score(rewards(judge), answer=[1, 2, 3])
-    assert seen == {"prompts": ["say"] * 3, "completions": TEXTS, "completion_ids": [[3], [3], [5]], "answer": [1, 2, 3]}
+    rows = {"prompts": ["say"] * 3, "completions": TEXTS, "completion_ids": [[3], [3], [5]], "answer": [1, 2, 3]}
+    assert {name: value for name, value in seen.items() if name not in CONTEXT_KEYWORDS} == rows
+
+
+def test_a_function_that_names_it_gets_the_state_of_training_and_a_narrow_one_is_not_bothered() -> None:
+    def early(completions: list[str], trainer_state: Any) -> list[float]:
+        return [float(trainer_state)] * len(completions)
+
+    def narrow(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        return [0.5] * len(completions)
+
+    judges = rewards(lambda prompts, completion_ids, **kw: early(kw["completions"], kw["trainer_state"]), narrow)
+    table = judges.score(prompts=["p"], completions=["c"], completion_ids=[[1]], columns={}, trainer_state=7)
+    assert table.scores == {"f0": [7.0], "f1": [0.5]}
+
+
+def test_a_function_can_add_a_column_and_a_metric() -> None:
+    def judge(completions: list[str], log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_extra("length", [len(text) for text in completions])
+        log_metric("share", 0.5)
+        log_metric("share", 1.0)
+        return [0.0] * len(completions)
+
+    table = score(rewards(judge))
+    assert (table.extra, table.metrics) == ({"length": [3, 3, 5]}, {"share": 0.75})
+
+
+def test_a_column_of_the_wrong_length_is_refused() -> None:
+    def judge(completions: list[str], log_extra: Any, **_: Any) -> list[float]:
+        log_extra("length", [1])
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardFailed, match="log_extra got 1 values of column length for 3 completions"):
+        score(rewards(judge))
 
 
 def test_to_a_conversation_the_completion_is_a_message() -> None:
@@ -63,9 +98,11 @@ def test_the_total_is_the_weighted_sum_of_what_applies() -> None:
     assert table.scores == {"f0": [1.0, None, 3.0], "f1": [1.0, 1.0, 1.0]}
 
 
-def test_a_sample_that_no_reward_applies_to_counts_as_0_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sample_that_no_reward_applies_to_has_none_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert score(rewards(returning([1.0, None, 1.0]))).totals == [1.0, 0.0, 1.0]
+        totals = score(rewards(returning([1.0, None, 1.0]))).totals
+    assert (totals[0], totals[2]) == (1.0, 1.0)
+    assert math.isnan(totals[1])
     assert "sample 1, completion 'two'" in caplog.text
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from otj_runtime.api.spec import DatasetSpec
+from otj_runtime.api.inputs import DatasetSpec
 from otj_runtime.data.load import load_prompts
 from otj_runtime.data.model import build_tiny
 from otj_runtime.data.tokenize import PromptEncoder

@@ -1,0 +1,124 @@
+"""What a run learns from: `spec.dataset`, the prompts, and `spec.rewards`, what judges the completions.
+
+A secret never stands here: a judge's key is named by the environment variable that brings it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from otj_runtime.api.base import ApiModel, Rule
+
+ShortText = Annotated[str, Field(min_length=1, max_length=253)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class DatasetSpec(ApiModel):
+    """Where prompts come from: a built-in task, a dataset on the hub, or files on a mounted volume."""
+
+    task: ShortText | None = Field(
+        None, description="A built-in task: addition, copy or reverse. It brings its own reward. Give one of task, name and path."
+    )
+    name: ShortText | None = Field(None, description="Name of a dataset on the hub. Give one of task, name and path.")
+    path: PathText | None = Field(
+        None,
+        description="Absolute path on a mounted volume: a JSONL file or a folder that `datasets` can load. Give one of task, name and path.",
+    )
+    split: ShortText = Field("train", description="Split to train on. Default: train.")
+    columns: dict[str, Annotated[str, Field(max_length=253)]] = Field(
+        default_factory=dict,
+        max_length=32,
+        description="Renames columns: key is the name used here (prompt, answer, ...), value the dataset's own. Default: none renamed.",
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the built-in task, such as its length or seed, or of `datasets.load_dataset` for a name or folder. Default: none.",
+    )
+
+    rules = (
+        Rule(
+            cel="(has(self.task) ? 1 : 0) + (has(self.name) ? 1 : 0) + (has(self.path) ? 1 : 0) == 1",
+            message="give exactly one of dataset.task (built in), dataset.name (on the hub) and dataset.path (on a mounted volume)",
+            holds=lambda d: sum(x is not None for x in (d.task, d.name, d.path)) == 1,
+        ),
+    )
+
+
+class JudgeSpec(ApiModel):
+    """A model behind HTTP that compares two completions of a prompt, by the OpenAI chat protocol."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^https?://[^\s@]+$")] = Field(
+        description="Base address of the protocol, such as https://host/v1; /chat/completions is added. Credentials do not belong here."
+    )
+    model: ShortText = Field(description="Name of the model as the server knows it.")
+    api_key_env: Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
+        None, description="Environment variable that holds the key; bring it from a secret with spec.env. Default: no key is sent."
+    )
+    template: Annotated[str, Field(min_length=1, max_length=16384)] | None = Field(
+        None,
+        description="The question, with {prompt}, {a} and {b} where they belong. It must ask for A, B or TIE alone, or for [[A]] at the "
+        "end. Default: a plain comparison.",
+    )
+    both_orders: bool = Field(
+        True,
+        description="Ask about each pair twice, the answers swapped, so that a judge's liking for a position cancels out. Default: true.",
+    )
+    max_tokens: int = Field(16, ge=1, description="Longest answer, in tokens; a judge that reasons needs more. Default: 16.")
+    max_concurrency: int = Field(16, ge=1, le=1024, description="Requests of one training rank under way at a time. Default: 16.")
+    timeout_seconds: float = Field(60.0, gt=0, description="Seconds that one attempt of a request may take. Default: 60.")
+    max_retries: int = Field(
+        4, ge=0, le=20, description="Attempts after the first that failed for a reason that may pass, such as 429. Default: 4."
+    )
+    request: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of each request; they win. max_completion_tokens replaces maxTokens. Default: none.",
+    )
+
+    rules = (
+        Rule(
+            cel="!has(self.template) || (self.template.contains('{prompt}') && self.template.contains('{a}') && self.template.contains('{b}'))",
+            message="judge.template must contain {prompt}, {a} and {b}",
+            holds=lambda j: j.template is None or all(name in j.template for name in ("{prompt}", "{a}", "{b}")),
+        ),
+    )
+
+
+class RewardSpec(ApiModel):
+    """One reward: a function, a reward model, or a judge that compares completions."""
+
+    function: Annotated[str, Field(min_length=3, max_length=253, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*$")] | None = (
+        Field(
+            None,
+            description="Import path of a callable, as package.module.function. It gets prompts, completions, completion_ids and the "
+            "dataset's columns, and returns one number (or None) per completion. Give one of function, model and judge.",
+        )
+    )
+    model: PathText | None = Field(
+        None,
+        description="Sequence-classification model with one label, by hub name or absolute path on a mounted volume; its logit is the "
+        "reward. Give one of function, model and judge.",
+    )
+    judge: JudgeSpec | None = Field(
+        None,
+        description="Model behind HTTP that compares the completions of each prompt; the reward is the share of comparisons won. Give "
+        "one of function, model and judge.",
+    )
+    weight: float = Field(1.0, description="Factor of this reward in the sum. Default: 1.")
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keyword arguments bound to the function before training; of a model: device, batch_size, max_length, dtype, "
+        "revision. Default: none.",
+    )
+    timeout_seconds: float | None = Field(
+        None, gt=0, description="Seconds that judging a rank's whole batch may take. Default: 60, of a judge 600."
+    )
+
+    rules = (
+        Rule(
+            cel="(has(self.function) ? 1 : 0) + (has(self.model) ? 1 : 0) + (has(self.judge) ? 1 : 0) == 1",
+            message="give exactly one of function, model and judge in each of rewards",
+            holds=lambda r: sum(x is not None for x in (r.function, r.model, r.judge)) == 1,
+        ),
+    )
