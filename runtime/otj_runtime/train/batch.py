@@ -1,14 +1,18 @@
 """Micro-batches: rollouts as tensors.
 
+    groups -> Selection (a method's rows) -> split: one part per micro-batch -> collate: MicroBatch
+
 Prompts are padded on the left and completions on the right, so that completions start in one column and only their logits are
 computed. `split` deals rows out so that every micro-batch has one: ranks must make the same number of forward passes, however
-many rows each has to train on.
+many rows each has to train on. A micro-batch is trained on `num_iterations` times; what the first visit learns about its tokens
+(the log-probabilities under the policy that the generation began with, and under the reference) it keeps for the later ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -23,21 +27,29 @@ class Row:
         prompt_ids: token ids of the prompt.
         completion: the sampled completion.
         advantage: how much better than its group (GRPO); unused by losses that read the order of rows.
+        reward: what it earned, penalties included.
         counts: False for a row that only keeps a micro-batch from being empty; its mask is zero.
     """
 
     prompt_ids: list[int]
     completion: Completion
     advantage: float = 0.0
+    reward: float = 0.0
     counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What to train on of a generation: rows in whole units, at least one, and the tokens that were left out."""
+    """What to train on of a generation.
+
+    Attributes:
+        rows: in whole units, at least one.
+        normalizer: what the loss of one optimizer step, summed over its rows on this rank, is divided by. Gradients are averaged
+            over ranks afterwards. It covers the rows that were left out because they teach nothing.
+    """
 
     rows: list[Row]
-    skipped_tokens: int = 0
+    normalizer: float
 
 
 @dataclass(slots=True)
@@ -48,11 +60,13 @@ class MicroBatch:
         input_ids: [B, P + C] int64.
         attention_mask: [B, P + C] int64, 1 on tokens.
         completion_mask: [B, C] float32, 1 on the tokens that the loss counts.
-        sampler_logprobs: [B, C] float32, log-probabilities of the policy that sampled them.
+        sampler_logprobs: [B, C] float32, log-probabilities under the policy that sampled them, in nats; NaN where unknown.
         advantages: [B] float32.
-        skipped_tokens: tokens of rows that were left out because they teach nothing; the average over tokens still counts them.
-        normalizer: what the whole optimizer step counts (tokens or pairs), over all micro-batches and ranks, divided by the ranks:
-            gradients are averaged over ranks afterwards.
+        rewards: [B] float32.
+        normalizer: see `Selection`.
+        old_logprobs: [B, C] float32, under the policy that the first optimizer step on this generation started from; None
+            before the first visit.
+        reference_logprobs: [B, C] float32, under the reference policy; None before the first visit, or if the loss needs none.
     """
 
     input_ids: torch.Tensor
@@ -60,8 +74,10 @@ class MicroBatch:
     completion_mask: torch.Tensor
     sampler_logprobs: torch.Tensor
     advantages: torch.Tensor
-    skipped_tokens: float = 0.0
+    rewards: torch.Tensor
     normalizer: float = 1.0
+    old_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None
 
     @property
     def completion_columns(self) -> int:
@@ -75,14 +91,16 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            completion_mask=self.completion_mask.to(device),
-            sampler_logprobs=self.sampler_logprobs.to(device),
-            advantages=self.advantages.to(device),
-        )
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        return MicroBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+
+def counted_tokens(completion: Completion, *, mask_truncated: bool) -> int:
+    """Tokens that the loss counts; none of a completion that hit the length limit with `mask_truncated`."""
+    return len(completion.token_ids) if completion.finished or not mask_truncated else 0
 
 
 def split(rows: Sequence[Row], *, parts: int, unit: int) -> list[list[Row]]:
@@ -101,8 +119,8 @@ def split(rows: Sequence[Row], *, parts: int, unit: int) -> list[list[Row]]:
     return [part or filler for part in dealt]
 
 
-def collate(rows: Sequence[Row], *, pad_id: int, mask_truncated: bool) -> MicroBatch:
-    """Rows as tensors on the CPU; with `mask_truncated`, completions that hit the length limit count nothing."""
+def collate(rows: Sequence[Row], *, pad_id: int, mask_truncated: bool, normalizer: float = 1.0) -> MicroBatch:
+    """Rows as tensors on the CPU; see `counted_tokens` for `mask_truncated`."""
     prompt_width = max(len(row.prompt_ids) for row in rows)
     width = max(len(row.completion.token_ids) for row in rows)
     ids, attention, counted, logprobs = [], [], [], []
@@ -111,7 +129,7 @@ def collate(rows: Sequence[Row], *, pad_id: int, mask_truncated: bool) -> MicroB
         left, right = prompt_width - len(row.prompt_ids), width - len(tokens)
         ids.append([pad_id] * left + row.prompt_ids + tokens + [pad_id] * right)
         attention.append([0] * left + [1] * (len(row.prompt_ids) + len(tokens)) + [0] * right)
-        counts = row.counts and (row.completion.finished or not mask_truncated)
+        counts = row.counts and counted_tokens(row.completion, mask_truncated=mask_truncated) > 0
         counted.append([float(counts)] * len(tokens) + [0.0] * right)
         logprobs.append(row.completion.logprobs + [0.0] * right)
     return MicroBatch(
@@ -120,4 +138,6 @@ def collate(rows: Sequence[Row], *, pad_id: int, mask_truncated: bool) -> MicroB
         completion_mask=torch.tensor(counted, dtype=torch.float32),
         sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
+        rewards=torch.tensor([row.reward for row in rows], dtype=torch.float32),
+        normalizer=normalizer,
     )

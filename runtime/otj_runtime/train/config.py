@@ -11,6 +11,18 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+GRPO_LOSSES = ("grpo", "gspo", "bnpo", "dr_grpo", "dapo", "cispo")
+"""Values of `loss_type`; see `grpo`."""
+
+SAMPLER_WEIGHTS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+"""Values of `vllm_importance_sampling_mode`; see `losses.sampler_weight`."""
+
+CISPO_LARGEST_RATIO = 5.0
+"""What ScaleRL (arXiv:2510.13786) recommends; TRL falls back on `epsilon`, which would shrink every gradient to a fifth."""
+
+NEUTRAL = {"top_p": (1.0, None), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
+"""Values of sampling arguments that leave the policy's distribution as it is."""
+
 
 @dataclass
 class OnlineConfig(TrainingArguments):
@@ -30,7 +42,11 @@ class OnlineConfig(TrainingArguments):
         default=None, metadata={"help": "Longest prompt, in tokens; longer ones are refused before training."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; the trainer divides logits by it, too."})
+    top_p: float = field(default=1.0, metadata={"help": "Keep 1: cutting the distribution off would bias the importance ratio."})
+    top_k: int | None = field(default=0, metadata={"help": "Keep 0: cutting the distribution off would bias the importance ratio."})
+    min_p: float | None = field(default=None, metadata={"help": "Keep null: cutting the distribution off would bias the importance ratio."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Keep 1: bending the distribution would bias the importance ratio."})
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Leave completions that hit the length limit out of the loss."}
     )
@@ -50,6 +66,7 @@ class OnlineConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+        self._check_sampling()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.num_generations < 2:
@@ -64,6 +81,21 @@ class OnlineConfig(TrainingArguments):
                 f"gradient_accumulation_steps: {self.gradient_accumulation_steps} does not divide the {self.micro_batches_per_generation} "
                 "micro-batches of a generation (steps_per_generation x num_iterations)"
             )
+
+    def _check_sampling(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: {self.temperature} leaves nothing to compare; use a value above 0")
+        for name, neutral in NEUTRAL.items():
+            if (value := getattr(self, name)) not in neutral:
+                raise ValueError(
+                    f"{name}: {value} changes what the generator samples from, and the trainer's probabilities would not be those of the "
+                    f"sampled tokens: every importance ratio would be biased; leave it at {neutral[0]}, and use temperature to sharpen"
+                )
+
+    @property
+    def optimizer_steps_per_iteration(self) -> float:
+        """Optimizer steps that one pass over a generation makes; below 1 if a step spans several passes."""
+        return int(self.steps_per_generation or 1) / self.gradient_accumulation_steps
 
     @property
     def micro_batches_per_generation(self) -> int:
@@ -83,12 +115,65 @@ class OnlineConfig(TrainingArguments):
 
 @dataclass
 class GRPOConfig(OnlineConfig):
-    """Arguments of group relative policy optimization (arXiv:2402.03300)."""
+    """Arguments of group relative policy optimization (arXiv:2402.03300) and its relatives; docs/algorithms.md has the formulas."""
 
+    loss_type: str = field(default="dapo", metadata={"help": "Loss: grpo, gspo, bnpo, dr_grpo, dapo or cispo."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL term to the base model; 0 keeps no reference model."})
+    use_bias_correction_kl: bool = field(
+        default=True, metadata={"help": "Multiply the KL term by the importance ratio, so that its gradient is that of the reverse KL."}
+    )
     epsilon: float = field(default=0.2, metadata={"help": "Clipping range of the importance ratio below 1."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "Clipping range above 1. Default: epsilon."})
-    scale_rewards: bool = field(default=True, metadata={"help": "Divide advantages by the standard deviation of their group."})
+    epsilon_high: float | None = field(
+        default=None,
+        metadata={"help": "Clipping range above 1; with cispo the largest ratio itself. Default: epsilon, and 5 with cispo."},
+    )
+    delta: float | None = field(
+        default=None, metadata={"help": "Largest ratio with which a worse-than-average token counts. Default: unbounded."}
+    )
+    importance_sampling_level: str = field(
+        default="token", metadata={"help": "One importance ratio per token, or per completion: token or sequence. gspo means sequence."}
+    )
+    scale_rewards: str | bool = field(
+        default="group",
+        metadata={"help": "Divide advantages by the standard deviation of their group (or true), the batch, or none (or false)."},
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "Weigh tokens that vLLM sampled by how likely the trainer would have sampled them."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="sequence_mask",
+        metadata={"help": "How that weight is bounded: token_truncate, token_mask, sequence_truncate or sequence_mask."},
+    )
+    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Upper bound of that weight; null for none."})
+    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Lower bound of that weight. Default: none."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("loss_type", self.loss_type, GRPO_LOSSES)
+        require("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        require("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, SAMPLER_WEIGHTS)
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        require("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        if self.loss_type == "gspo":
+            self.importance_sampling_level = "sequence"
+        if self.delta is not None and self.loss_type == "cispo":
+            raise ValueError("delta: cispo bounds the ratio with epsilon_high alone; leave delta out")
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"vllm_importance_sampling_clip_min: {low} is not below vllm_importance_sampling_clip_max, {high}")
+
+    @property
+    def upper_epsilon(self) -> float:
+        """`epsilon_high` with its default filled in."""
+        if self.epsilon_high is not None:
+            return self.epsilon_high
+        return CISPO_LARGEST_RATIO if self.loss_type == "cispo" else self.epsilon
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether tokens carry a weight for having been sampled by another program. transformers samples from the very policy."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
 
 
 @dataclass
@@ -97,6 +182,26 @@ class OnlineDPOConfig(OnlineConfig):
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of the optimizer."})
     num_generations: int = field(default=2, metadata={"help": "Completions sampled for each prompt; the best and the worst form a pair."})
-    beta: float = field(default=0.1, metadata={"help": "Strength of the preference loss: smaller lets the policy move further."})
+    beta: float | list[float] = field(
+        default=0.1,
+        metadata={
+            "help": "Strength of the preference loss: smaller lets the policy move further. A list has one per epoch; the last stays."
+        },
+    )
     loss_type: str = field(default="sigmoid", metadata={"help": "Preference loss: sigmoid or ipo."})
     missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken from the reward of a completion that does not end."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("loss_type", self.loss_type, ("sigmoid", "ipo"))
+        betas = self.beta if isinstance(self.beta, list) else [self.beta]
+        if not betas or min(betas) <= 0:
+            raise ValueError(f"beta: {self.beta} must be above 0 (in a list, every one): it divides the pull towards the reference")
+        if self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0:
+            raise ValueError(f"missing_eos_penalty: {self.missing_eos_penalty} must be above 0: it is taken from the reward")
+
+
+def require(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError, with the choices, if `value` is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} is unknown; use {', '.join(choices[:-1])} or {choices[-1]}")

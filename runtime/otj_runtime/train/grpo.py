@@ -1,4 +1,18 @@
-"""Group relative policy optimization (arXiv:2402.03300)."""
+"""Group relative policy optimization (arXiv:2402.03300) and its relatives: every completion counts by how much better it is than the
+others of its prompt.
+
+    rewards --group_advantages--> A of each completion; completions with A = 0 teach nothing and are left out
+    policy_loss: ratio new/old -> surrogate -> weight old/sampler -> + beta KL -> sum, to be divided by the step's normalizer
+
+What the relatives share and where they differ, by `loss_type` (sums run over an optimizer step; docs/algorithms.md has the formulas):
+
+    grpo     clipped surrogate, mean over the tokens of each completion, mean over completions
+    gspo     the same with one ratio per completion
+    bnpo     clipped surrogate, mean over the tokens of this rank
+    dr_grpo  clipped surrogate, sum over tokens divided by completions x max_completion_length: no bias to a length
+    dapo     clipped surrogate, mean over the tokens of all ranks
+    cispo    likelihood weighted with the bounded ratio, mean over the tokens of all ranks
+"""
 
 from __future__ import annotations
 
@@ -8,50 +22,119 @@ import torch
 
 from otj_runtime.rollout.types import Group
 from otj_runtime.train.advantages import group_advantages
-from otj_runtime.train.batch import MicroBatch, Row, Selection
+from otj_runtime.train.batch import MicroBatch, Row, Selection, counted_tokens
 from otj_runtime.train.config import GRPOConfig
-from otj_runtime.train.losses import grpo_loss
+from otj_runtime.train.losses import (
+    Surrogate,
+    clipped_surrogate,
+    divergence,
+    importance_ratio,
+    sampler_weight,
+    sum_sequence_means,
+    sum_tokens,
+    weighted_likelihood,
+)
 from otj_runtime.train.trainer import OnlineTrainer
 
 
 class GRPOTrainer(OnlineTrainer):
-    """Every completion counts by how much better it is than the others of its prompt.
+    """Trains with the losses above.
 
-    A group whose rewards are all equal teaches nothing: without a KL term it is counted and skipped before the forward pass. Its
-    tokens still count in the average, so that a step with few useful groups is a small step.
+    A group whose rewards are all equal is counted (`frac_reward_zero_std`) and, without a KL term, skipped before the forward pass. The
+    normalizer still counts it, so that a step with few useful groups is a small step.
     """
 
     config: GRPOConfig
 
-    def select(self, groups: list[Group]) -> Selection:
-        """One row per completion whose advantage is not zero; all of them with a KL term."""
-        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
-        advantages = group_advantages(rewards, scale=self.config.scale_rewards)
-        rows = [
-            Row(group.prompt_ids, completion, advantage=float(advantage))
-            for group, row in zip(groups, advantages, strict=True)
-            for completion, advantage in zip(group.completions, row, strict=True)
-        ]
-        if self.config.beta != 0.0:
-            return Selection(rows)
-        useful = [row for row in rows if row.advantage != 0.0]
-        skipped = sum(len(row.completion.token_ids) for row in rows if row.advantage == 0.0)
-        return Selection(useful or [replace(rows[0], counts=False)], skipped_tokens=skipped)
+    @property
+    def needs_reference(self) -> bool:
+        """Only a KL term looks at the reference."""
+        return self.config.beta != 0.0
 
-    def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor, reference_logprobs: torch.Tensor | None) -> torch.Tensor:
-        """See `grpo_loss`; summed over the tokens that count."""
+    def select(self, groups: list[Group]) -> Selection:
+        """One row per completion that teaches something; all of them with a KL term. Collective."""
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+        scale = str(self.config.scale_rewards)
+        everyone = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu() if scale == "batch" else None
+        advantages = group_advantages(rewards, scale=scale, all_rewards=everyone)
+        rows = [
+            Row(group.prompt_ids, completion, advantage=float(advantage), reward=reward)
+            for group, found in zip(groups, advantages, strict=True)
+            for completion, advantage, reward in zip(group.completions, found, group.rewards, strict=True)
+        ]
+        teaching = rows if self.needs_reference else [row for row in rows if row.advantage != 0.0 and self._counted(row) > 0]
+        return Selection(teaching or [replace(rows[0], counts=False)], normalizer=self._normalizer(rows))
+
+    def _counted(self, row: Row) -> int:
+        return counted_tokens(row.completion, mask_truncated=self.config.mask_truncated_completions)
+
+    def _normalizer(self, rows: list[Row]) -> float:
+        """See `Selection`: all `rows` of a generation, scaled to one optimizer step."""
         config = self.config
-        loss = grpo_loss(
-            logprobs,
-            sampler_logprobs=batch.sampler_logprobs,
-            advantages=batch.advantages,
-            epsilon_low=config.epsilon,
-            epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
-            reference_logprobs=reference_logprobs,
-            beta=config.beta,
+        steps = config.optimizer_steps_per_iteration
+        if config.loss_type in ("grpo", "gspo"):
+            return len(rows) / steps
+        if config.loss_type == "dr_grpo":
+            return len(rows) * config.max_completion_length / steps
+        tokens = float(sum(self._counted(row) for row in rows))
+        if config.loss_type != "bnpo":
+            tokens = self.mean_over_ranks(tokens)
+        return max(tokens / steps, 1.0)
+
+    def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor) -> torch.Tensor:
+        """The sum over the micro-batch of what `loss_type` averages."""
+        config, mask, old = self.config, batch.completion_mask, batch.old_logprobs
+        assert old is not None, "the trainer notes the old policy before it asks for a loss"
+        ratio = importance_ratio(logprobs, old, mask=mask, level=config.importance_sampling_level)
+        surrogate = self._surrogate(ratio, batch.advantages, logprobs)
+        loss = surrogate.loss
+        if config.corrects_sampler:
+            loss = loss * self._sampler_weight(batch, old)
+        if batch.reference_logprobs is not None:
+            kl = divergence(logprobs, batch.reference_logprobs, ratio=ratio if config.use_bias_correction_kl else None)
+            loss = loss + config.beta * kl
+            self.meters.add({"kl": (kl.detach() * mask).sum() / mask.sum().clamp(min=1)}, weight=mask.sum())
+        self._measure_clipping(surrogate, mask)
+        return sum_sequence_means(loss, mask) if config.loss_type in ("grpo", "gspo") else sum_tokens(loss, mask)
+
+    def _surrogate(self, ratio: torch.Tensor, advantages: torch.Tensor, logprobs: torch.Tensor) -> Surrogate:
+        config = self.config
+        if config.loss_type == "cispo":
+            return weighted_likelihood(ratio, advantages, logprobs, largest=config.upper_epsilon)
+        return clipped_surrogate(ratio, advantages, epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta)
+
+    def _sampler_weight(self, batch: MicroBatch, old_logprobs: torch.Tensor) -> torch.Tensor:
+        config, mask = self.config, batch.completion_mask
+        weight = sampler_weight(
+            old_logprobs,
+            batch.sampler_logprobs,
+            mask=mask,
+            mode=config.vllm_importance_sampling_mode,
+            smallest=config.vllm_importance_sampling_clip_min,
+            largest=config.vllm_importance_sampling_clip_max,
         )
-        tokens = batch.completion_mask.sum().clamp(min=1)
-        self.meters.add({"clip_ratio/region_mean": float((loss.clipped * batch.completion_mask).sum() / tokens)})
-        if loss.kl is not None:
-            self.meters.add({"kl": float((loss.kl * batch.completion_mask).sum() / tokens)})
-        return (loss.per_token * batch.completion_mask).sum()
+        # One weight per completion is averaged over completions, one per token over tokens.
+        counts = mask if weight.shape == mask.shape else mask.amax(dim=1, keepdim=True)
+        total = counts.sum()
+        self.meters.add({"sampling/importance_sampling_ratio/mean": (weight * counts).sum() / total.clamp(min=1)}, weight=total)
+        self.meters.add(
+            {
+                "sampling/importance_sampling_ratio/min": torch.where(counts > 0, weight, torch.inf).min(),
+                "sampling/importance_sampling_ratio/max": torch.where(counts > 0, weight, -torch.inf).max(),
+            },
+            weight=total,
+        )
+        return weight
+
+    def _measure_clipping(self, surrogate: Surrogate, mask: torch.Tensor) -> None:
+        counts = mask if surrogate.high.shape == mask.shape else mask.amax(dim=1, keepdim=True)
+        total = counts.sum()
+
+        def share(where: torch.Tensor) -> torch.Tensor:
+            return (where * counts).sum() / total.clamp(min=1)
+
+        if self.config.loss_type == "cispo":
+            self.meters.add({"cispo_clip_ratio": share(surrogate.high)}, weight=total)
+            return
+        low, high = share(surrogate.low), share(surrogate.high)
+        self.meters.add({"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}, weight=total)

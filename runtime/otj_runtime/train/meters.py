@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,37 +14,66 @@ SUMMED = frozenset({"num_tokens", "tokens_generated"})
 LARGEST = ("/max", "/max_abs_logprob_diff", "/max_length")
 """Endings of names whose largest value counts."""
 
+SMALLEST = ("/min",)
+"""Endings of names whose smallest value counts."""
+
+Number = float | torch.Tensor
+"""Tensors stay on their device until the log line, so that measuring does not wait for the device."""
+
 
 class Meters:
     """Collects numbers by name. Every rank must add the same names between two `take`s, because `take` reduces over ranks."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self._values: dict[str, list[tuple[Number, Number]]] = defaultdict(list)
         self._totals: dict[str, float] = defaultdict(float)
 
-    def add(self, numbers: dict[str, float]) -> None:
-        """Note one value of each name."""
+    def add(self, numbers: Mapping[str, Number], *, weight: Number = 1.0) -> None:
+        """Note one value of each name, which counts `weight` (tokens, pairs) in the average; none at weight 0."""
         for name, value in numbers.items():
             if name in SUMMED:
-                self._totals[name] += value
+                self._totals[name] += float(value)
             else:
-                self._values[name].append(value)
+                self._values[name].append((value, weight))
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The averages (largest values, running totals) over all ranks since the last call. Collective."""
-        averages = {name: sum(values) / len(values) for name, values in self._values.items() if not name.endswith(LARGEST)}
-        largest = {name: max(values) for name, values in self._values.items() if name.endswith(LARGEST)}
+        """The averages (largest and smallest values, running totals) over all ranks since the last call. Collective.
+
+        A name that weighed nothing on every rank is left out.
+        """
+        noted = {name: [(float(value), float(weight)) for value, weight in pairs] for name, pairs in self._values.items()}
         self._values.clear()
-        return _reduce(averages, accelerator, "mean") | _largest(largest, accelerator) | _reduce(dict(self._totals), accelerator, "sum")
+        extreme = {name for name in noted if name.endswith((*LARGEST, *SMALLEST))}
+        averages = _averages({name: pairs for name, pairs in noted.items() if name not in extreme}, accelerator)
+        largest = {name: pairs for name, pairs in noted.items() if name.endswith(LARGEST)}
+        smallest = {name: pairs for name, pairs in noted.items() if name.endswith(SMALLEST)}
+        return (
+            averages
+            | _extremes(largest, accelerator, pick=max)
+            | _extremes(smallest, accelerator, pick=min)
+            | _sums(dict(self._totals), accelerator)
+        )
 
 
-def _reduce(numbers: dict[str, float], accelerator: Any, how: str) -> dict[str, float]:
+def _averages(noted: dict[str, list[tuple[float, float]]], accelerator: Any) -> dict[str, float]:
+    names = sorted(noted)
+    sums = [[sum(value * weight for value, weight in noted[name] if weight) for name in names]]
+    weights = [[sum(weight for _, weight in noted[name]) for name in names]]
+    total, weight = accelerator.reduce(torch.tensor(sums + weights, dtype=torch.float64).to(accelerator.device), reduction="sum").tolist()
+    return {name: t / w for name, t, w in zip(names, total, weight, strict=True) if w}
+
+
+def _extremes(noted: dict[str, list[tuple[float, float]]], accelerator: Any, *, pick: Callable[..., float]) -> dict[str, float]:
+    names = sorted(noted)
+    if not names:
+        return {}
+    nothing = -torch.inf if pick is max else torch.inf
+    own = [[pick((value for value, weight in noted[name] if weight), default=nothing) for name in names]]
+    everyone = accelerator.gather(torch.tensor(own, dtype=torch.float32, device=accelerator.device)).T.tolist()
+    return {name: pick(values) for name, values in zip(names, everyone, strict=True) if pick(values) != nothing}
+
+
+def _sums(numbers: dict[str, float], accelerator: Any) -> dict[str, float]:
     names = sorted(numbers)
     packed = torch.tensor([numbers[name] for name in names], dtype=torch.float32, device=accelerator.device)
-    return dict(zip(names, accelerator.reduce(packed, reduction=how).tolist(), strict=True))
-
-
-def _largest(numbers: dict[str, float], accelerator: Any) -> dict[str, float]:
-    names = sorted(numbers)
-    packed = torch.tensor([[numbers[name] for name in names]], dtype=torch.float32, device=accelerator.device)
-    return dict(zip(names, accelerator.gather(packed).max(dim=0).values.tolist(), strict=True))
+    return dict(zip(names, accelerator.reduce(packed, reduction="sum").tolist(), strict=True))

@@ -1,59 +1,113 @@
-"""Online direct preference optimization (arXiv:2402.04792): the best and the worst completion of a prompt are a preference pair."""
+"""Online direct preference optimization (arXiv:2402.04792): the best and the worst completion of a prompt are a preference pair.
+
+rewards (a judge's are the pairwise comparisons that a completion won) - missing_eos_penalty
+  -> best and worst of each group; no pair where all are equal
+  -> preference_loss: does the policy, against the reference, raise the best over the worst?
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from otj_runtime.rollout.types import Group
-from otj_runtime.train.batch import MicroBatch, Row, Selection
+from otj_runtime.train.batch import MicroBatch, Row, Selection, counted_tokens
 from otj_runtime.train.config import OnlineDPOConfig
-from otj_runtime.train.losses import dpo_loss
+from otj_runtime.train.losses import PairLoss, preference_loss
 from otj_runtime.train.trainer import OnlineTrainer
 
 
 class OnlineDPOTrainer(OnlineTrainer):
-    """Rows come in pairs, chosen first. A group whose rewards are all equal has no preference and is skipped."""
+    """Rows come in pairs, chosen first. A group without a preference is counted (`frac_reward_zero_std`) and skipped."""
 
     config: OnlineDPOConfig
     unit = 2
+    needs_reference = True
+
+    @property
+    def beta(self) -> float:
+        """The strength of the current epoch; the last one of a list stays."""
+        betas = self.config.beta if isinstance(self.config.beta, list) else [self.config.beta]
+        return betas[min(int(self.state.epoch or 0), len(betas) - 1)]
 
     def select(self, groups: list[Group]) -> Selection:
-        """A pair per group that has a best and a worst completion."""
-        rows: list[Row] = []
-        for group in groups:
-            rewards = [self._penalized(group, i) for i in range(len(group.completions))]
-            best, worst = max(range(len(rewards)), key=rewards.__getitem__), min(range(len(rewards)), key=rewards.__getitem__)
-            if rewards[best] > rewards[worst]:
-                rows += [Row(group.prompt_ids, group.completions[i]) for i in (best, worst)]
-        if rows:
-            return Selection(rows)
-        first = groups[0]
-        return Selection([Row(first.prompt_ids, completion, counts=False) for completion in first.completions[:2]])
+        """A pair per group that has a best and a worst completion. Collective."""
+        rows = [row for group in groups for row in self._pair(group)]
+        pairs = self.mean_over_ranks(len(rows) / self.unit) / self.config.optimizer_steps_per_iteration
+        self._measure_rewards(groups)
+        if not rows:
+            first = groups[0]
+            rows = [Row(first.prompt_ids, completion, counts=False) for completion in first.completions[: self.unit]]
+        return Selection(rows, normalizer=max(pairs, 1.0))
 
-    def _penalized(self, group: Group, index: int) -> float:
-        missing = self.config.missing_eos_penalty if not group.completions[index].finished else None
-        return group.rewards[index] - (missing or 0.0)
+    def _pair(self, group: Group) -> list[Row]:
+        """The best and the worst that count, or nothing: half of a pair is no preference."""
+        rewards = self._penalized(group)
+        masked = self.config.mask_truncated_completions
+        able = [
+            i
+            for i, completion in enumerate(group.completions)
+            if counted_tokens(completion, mask_truncated=masked) and rewards[i] == rewards[i]
+        ]
+        if not able:
+            return []
+        best, worst = max(able, key=rewards.__getitem__), min(able, key=rewards.__getitem__)
+        if rewards[best] == rewards[worst]:
+            return []
+        return [Row(group.prompt_ids, group.completions[i], reward=rewards[i]) for i in (best, worst)]
 
-    def countable(self, batch: MicroBatch) -> float:
-        """Pairs that count."""
-        return float((batch.completion_mask.amax(dim=1)[0::2]).sum())
+    def _penalized(self, group: Group) -> list[float]:
+        penalty = self.config.missing_eos_penalty or 0.0
+        return [
+            reward if completion.finished else reward - penalty for reward, completion in zip(group.rewards, group.completions, strict=True)
+        ]
 
-    def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor, reference_logprobs: torch.Tensor | None) -> torch.Tensor:
-        """See `dpo_loss`; summed over the pairs that count."""
-        assert reference_logprobs is not None, "online DPO always has a reference model"
-        loss = dpo_loss(
-            logprobs,
-            reference_logprobs=reference_logprobs,
-            mask=batch.completion_mask,
-            beta=self.config.beta,
-            kind=self.config.loss_type,
-        )
-        counts = batch.completion_mask.amax(dim=1)[0::2]
-        pairs = counts.sum().clamp(min=1)
+    def _measure_rewards(self, groups: list[Group]) -> None:
+        rewards = [[reward for reward in self._penalized(group) if not math.isnan(reward)] for group in groups]
+        every = [reward for found in rewards for reward in found]
+        finished = [completion.finished for group in groups for completion in group.completions]
         self.meters.add(
             {
-                "rewards/margins": float((loss.margin * counts).sum() / pairs),
-                "rewards/accuracies": float(((loss.margin > 0) * counts).sum() / pairs),
+                "objective/scores": sum(every) / max(1, len(every)),
+                "objective/scores_margin": sum(max(found) - min(found) for found in rewards if found) / len(groups),
+                "val/contain_eos_token": sum(finished) / len(finished),
+                "beta": self.beta,
             }
         )
-        return (loss.per_pair * counts).sum()
+
+    def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor) -> torch.Tensor:
+        """The sum over pairs of `preference_loss`."""
+        mask, reference, beta = batch.completion_mask, batch.reference_logprobs, self.beta
+        assert reference is not None, "the trainer scores the reference before it asks for a loss"
+        pairs = preference_loss(logprobs, reference_logprobs=reference, mask=mask, beta=beta, kind=self.config.loss_type)
+        counts = mask.amax(dim=1)[0::2]
+        self._measure_pairs(batch, pairs, logprobs.detach(), reference, counts)
+        return (pairs.loss * counts).sum()
+
+    def _measure_pairs(
+        self, batch: MicroBatch, pairs: PairLoss, logprobs: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        total = counts.sum()
+
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            return (values * counts).sum() / total.clamp(min=1)
+
+        sums = (logprobs * batch.completion_mask).sum(dim=1)
+        drift = sums - (reference * batch.completion_mask).sum(dim=1)  # an estimate of the divergence, one sample a completion
+        kl = mean((drift[0::2] + drift[1::2]) / 2)
+        self.meters.add(
+            {
+                "rewards/chosen": mean(pairs.chosen),
+                "rewards/rejected": mean(pairs.rejected),
+                "rewards/margins": mean(pairs.margin),
+                "rewards/accuracies": mean((pairs.margin > 0).float()),
+                "logps/chosen": mean(sums[0::2]),
+                "logps/rejected": mean(sums[1::2]),
+                "objective/kl": kl,
+                "objective/entropy": -mean((sums[0::2] + sums[1::2]) / 2),
+                "objective/non_score_reward": -self.beta * kl,
+                "objective/rlhf_reward": mean((batch.rewards[0::2] + batch.rewards[1::2]) / 2) - self.beta * kl,
+            },
+            weight=total,
+        )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from otj_runtime.rollout.types import Group
 from otj_runtime.train.batch import MicroBatch, Selection, collate, split
 from otj_runtime.train.checkpoints import INCOMPLETE, publish_checkpoint, remove_old_checkpoints
 from otj_runtime.train.config import OnlineConfig
-from otj_runtime.train.logprobs import completion_logprobs
+from otj_runtime.train.logprobs import Scorer, Scores
 from otj_runtime.train.meters import Meters
 from otj_runtime.train.prompts import PromptLoader, PromptOrder
 from otj_runtime.train.report import Reporter
@@ -83,17 +84,18 @@ class OnlineTrainer(Trainer):
         self._random_state_restored = False
         self._step_began: float | None = None
 
+    @property
+    @abstractmethod
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with the reference."""
+
     @abstractmethod
     def select(self, groups: list[Group]) -> Selection:
-        """What to train on of this rank's groups."""
+        """What to train on of this rank's groups, once per generation. Collective: it may look at the rewards of all ranks."""
 
     @abstractmethod
-    def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor, reference_logprobs: torch.Tensor | None) -> torch.Tensor:
+    def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor) -> torch.Tensor:
         """Sum of the method's loss over the micro-batch, not yet divided by `normalizer`. `logprobs`: [B, C], with gradient."""
-
-    def countable(self, batch: MicroBatch) -> float:
-        """What `normalizer` counts in a micro-batch: tokens."""
-        return float(batch.completion_mask.sum()) + batch.skipped_tokens
 
     # -- sampling ------------------------------------------------------------------------------------------------------------
 
@@ -122,52 +124,71 @@ class OnlineTrainer(Trainer):
             self.push_weights()  # the first push waits for the generator's start, which is no part of a step
             self._step_began = time.monotonic()
         items = (item for _, item in zip(range(num_batches), epoch_iterator, strict=False))
-        batches = [self.sampler.next(samples, step=self.state.global_step) for samples in items]
-        self._normalize(batches, device)
-        return batches, None
+        return [self.sampler.next(samples, step=self.state.global_step) for samples in items], None
 
     def _build_batches(self, groups: list[Group]) -> list[MicroBatch]:
         selection = self.select(groups)
         parts = split(selection.rows, parts=int(self.config.steps_per_generation or 1), unit=self.unit)
-        batches = [collate(part, pad_id=self._pad_id, mask_truncated=self.config.mask_truncated_completions) for part in parts]
-        for batch in batches:
-            batch.skipped_tokens = selection.skipped_tokens / len(batches)
+        masked = self.config.mask_truncated_completions
+        batches = [collate(part, pad_id=self._pad_id, mask_truncated=masked, normalizer=selection.normalizer) for part in parts]
+        batches = [batch.to(self.accelerator.device) for batch in batches]
+        # The first optimizer step meets its micro-batches with the old policy and notes it; for later steps it would be too late.
+        for batch in batches[self.config.gradient_accumulation_steps :]:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                batch.old_logprobs = self._scorer(self.model_wrapped, batch).logprobs
         return batches
-
-    def _normalize(self, batches: list[MicroBatch], device: torch.device) -> None:
-        total = torch.tensor(sum(self.countable(batch) for batch in batches), device=device)
-        mean = float(self.accelerator.reduce(total, reduction="mean"))
-        for batch in batches:
-            batch.normalizer = max(mean, 1.0)
 
     # -- learning ------------------------------------------------------------------------------------------------------------
 
-    # transformers knows dictionaries; our batches are a class. Both hooks only see what `get_batch_samples` returned.
+    # transformers knows dictionaries; our batches are a class, and on the device already.
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:  # type: ignore[override]
-        return inputs.to(self.accelerator.device)
+        return inputs
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The method's loss of one micro-batch, divided by what the whole step counts."""
-        logprobs = completion_logprobs(model, inputs, temperature=self.config.temperature)
-        reference_logprobs = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference_logprobs = completion_logprobs(self.reference, inputs, temperature=self.config.temperature)
-        self._measure_mismatch(inputs, logprobs.detach())
-        return self.policy_loss(inputs, logprobs, reference_logprobs) / inputs.normalizer
+        if self.needs_reference and inputs.reference_logprobs is None:
+            inputs.reference_logprobs = self._reference_logprobs(model, inputs)
+        scores = self._scorer(model, inputs)
+        if inputs.old_logprobs is None:
+            inputs.old_logprobs = scores.logprobs.detach()
+        self._measure(inputs, scores)
+        return self.policy_loss(inputs, scores.logprobs) / inputs.normalizer
 
-    def _measure_mismatch(self, batch: MicroBatch, logprobs: torch.Tensor) -> None:
-        """How far trainer and sampler disagree on the same tokens: the early sign of a stale or mismatched generator."""
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.accelerator.unwrap_model(self.model), temperature=self.config.temperature)
+
+    @cached_property
+    def _reference_scorer(self) -> Scorer:
+        return Scorer(self.accelerator.unwrap_model(self.reference), temperature=self.config.temperature)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        """[B, C] under the base model: a copy of its own, or the policy without its adapters."""
+        if self.reference is not None:
+            return self._reference_scorer(self.reference, batch).logprobs
+        with self.accelerator.unwrap_model(model).disable_adapter():
+            return self._scorer(model, batch).logprobs
+
+    def mean_over_ranks(self, number: float) -> float:
+        """The mean of every rank's number. Collective."""
+        return float(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), reduction="mean"))
+
+    def _measure(self, batch: MicroBatch, scores: Scores) -> None:
+        """Entropy, and how far trainer and sampler disagree on the same tokens: the early sign of a stale or mismatched generator."""
+        assert batch.old_logprobs is not None
         mask = batch.completion_mask
-        difference = (logprobs - batch.sampler_logprobs).abs() * mask
+        tokens = mask.sum()
+        difference = ((batch.old_logprobs - batch.sampler_logprobs).abs() * mask).nan_to_num(nan=0.0)
         self.meters.add(
             {
-                "sampling/sampling_logp_difference/mean": float(difference.sum() / mask.sum().clamp(min=1)),
-                "sampling/sampling_logp_difference/max": float(difference.max()),
-                "entropy_estimate": float(-(logprobs * mask).sum() / mask.sum().clamp(min=1)),
-            }
+                "sampling/sampling_logp_difference/mean": difference.sum() / tokens.clamp(min=1),
+                "sampling/sampling_logp_difference/max": difference.max(),
+                "entropy": (scores.entropy * mask).sum() / tokens.clamp(min=1),
+            },
+            weight=tokens,
         )
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -50,8 +50,8 @@ def test_rows_that_are_no_whole_units_are_refused() -> None:
         split([row([1], [1])] * 3, parts=1, unit=2)
 
 
-def test_moving_a_batch_keeps_its_normalizer() -> None:
-    batch = collate([row([1], [2])], pad_id=0, mask_truncated=False)
-    batch.normalizer, batch.skipped_tokens = 7.0, 3.0
+def test_moving_a_batch_keeps_all_of_it() -> None:
+    batch = collate([row([1], [2])], pad_id=0, mask_truncated=False, normalizer=7.0)
+    batch.old_logprobs = torch.tensor([[-0.5]])
     moved = batch.to(torch.device("cpu"))
-    assert (moved.normalizer, moved.skipped_tokens) == (7.0, 3.0)
+    assert (moved.normalizer, moved.old_logprobs, moved.reference_logprobs) == (7.0, batch.old_logprobs, None)
