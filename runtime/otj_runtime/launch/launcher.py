@@ -23,6 +23,7 @@ from otj_runtime.launch.board import Board
 from otj_runtime.launch.generator import GeneratorWatch
 from otj_runtime.launch.ranks import Ranks
 from otj_runtime.launch.watchdog import Patience, stalled
+from otj_runtime.pod.commands import script_arguments
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import ExitCode, FailureNote, RunError, Stalled, Terminated, WorldSizeMismatch, exit_code
 from otj_runtime.pod.processes import become_subreaper
@@ -93,7 +94,8 @@ class Launcher:
             cores=accelerate.usable_cores(), ranks=self._config.training_ranks, asked=os.environ.get("OMP_NUM_THREADS")
         )
         config_file = accelerate.write_settings(keys, self._directory)
-        command = accelerate.command(keys, config_file=config_file, threads=threads, module=self._module, arguments=self._config.script)
+        script = script_arguments(self._config.script, os.environ)
+        command = accelerate.command(keys, config_file=config_file, threads=threads, module=self._module, arguments=script)
         return await Ranks.start(command, accelerate.environment(keys, threads=threads))
 
     async def _train(self, ranks: Ranks) -> FailureNote | None:

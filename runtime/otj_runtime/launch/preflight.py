@@ -6,27 +6,32 @@ imports torch and loads a model first, which takes a minute on a busy machine.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from otj_runtime.data.load import load_prompts
+from otj_runtime.pod.commands import script_arguments
 from otj_runtime.pod.config import PodConfig
-from otj_runtime.pod.errors import DatasetInvalid, ExitCode, RewardImportFailed, RunError, exit_code
+from otj_runtime.pod.errors import DatasetInvalid, ExitCode, InvalidSpec, RewardImportFailed, RunError, exit_code
 from otj_runtime.rewards import load_rewards
 
 IMPORT_SECONDS = 120
 
 
 async def check_inputs(config: PodConfig) -> None:
-    """Load the job's rewards, and its dataset unless the hub has it, as the ranks do; then forget them. A script of the user's own
-    loads what only it knows, so there is nothing to check.
+    """Load the job's rewards, and its dataset unless the hub has it, as the ranks do; then forget them. Of a script of the user's own
+    only that it is there can be checked.
 
     Raises:
         RewardImportFailed: naming the function that cannot be loaded, or all of them after IMPORT_SECONDS.
+        InvalidSpec: if the script does not exist.
         DatasetInvalid: if the task does not exist, or the file or folder cannot be used.
     """
     if config.script:
+        check_script(config)
         return
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(
@@ -42,6 +47,17 @@ async def check_inputs(config: PodConfig) -> None:
         lines = errors.decode(errors="replace").strip().splitlines()
         message = lines[-1] if lines else f"importing the rewards ended the interpreter with status {child.returncode}"
         raise (DatasetInvalid if child.returncode == ExitCode.DATASET_INVALID else RewardImportFailed)(message)
+
+
+def check_script(config: PodConfig) -> None:
+    """Raise InvalidSpec unless the script of `config` is a file; the text tells what lies there instead. Modules are left to Python."""
+    name = script_arguments(config.script, os.environ)[0]
+    path = Path(config.output, name)
+    if name == "-m" or path.is_file():
+        return
+    beside = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) if path.parent.is_dir() else None
+    found = f"its folder holds {beside or 'nothing'}" if beside is not None else "nor does its folder"
+    raise InvalidSpec(f"trainer.command: the script {name} does not exist, {found}: check the path and the volume mounted there")
 
 
 def main() -> int:

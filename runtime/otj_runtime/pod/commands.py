@@ -5,6 +5,9 @@ The generator is vLLM's own server: no wrapper, so that `kubectl describe` shows
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+
 from otj_runtime.api import Device, DType, OnlineTrainingJob
 from otj_runtime.api.spec import GenerationSpec
 from otj_runtime.pod.config import CONFIG_ENV, PodConfig
@@ -13,6 +16,16 @@ from otj_runtime.pod.names import SERVED_MODEL, STATUS_ROUTE
 PYTHON = "python"
 
 WEIGHT_TRANSFER = '{"backend": "otj_mailbox"}'
+
+
+def script_arguments(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """`command` with $(NAME) replaced by the variable's value, as Kubernetes does in a container's command: an unknown name stays,
+    and $$(NAME) stands for the text $(NAME)."""
+
+    def value(found: re.Match[str]) -> str:
+        return found[0][1:] if found[0].startswith("$$") else environment.get(found[1], found[0])
+
+    return [re.sub(r"\$?\$\(([A-Za-z_][\w.-]*)\)", value, part) for part in command]
 
 
 def model_command() -> list[str]:
