@@ -22,7 +22,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def encode(self, prompt: str | list[Message]) -> list[int]:
         """Token ids of `prompt`; of a conversation, up to where the assistant begins to speak.
@@ -42,23 +42,23 @@ class PromptEncoder:
 
     def _encode_text(self, text: str) -> list[int]:
         try:
-            return self._begun_once(list(self._tokenizer(text)["input_ids"]))
+            return self._begun_once(list(self.tokenizer(text)["input_ids"]))
         except Exception as error:  # tokenizers raises plain Exception for text outside its vocabulary
             raise DatasetInvalid(f"prompt {text!r:.100} cannot be tokenised: {error}") from error
 
     def _encode_conversation(self, messages: list[Message]) -> list[int]:
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise DatasetInvalid(
                 "prompts are conversations, but the model's tokenizer has no chat template: use plain text, or a chat model"
             )
         try:
-            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         except Exception as error:  # templates are programs: they raise whatever they like
             raise DatasetInvalid(f"the model's chat template refuses {messages!r:.100}: {error}") from error
         return self._begun_once(list(ids))
 
     def _begun_once(self, ids: list[int]) -> list[int]:
-        begin = self._tokenizer.bos_token_id
+        begin = self.tokenizer.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
     def check_lengths(self, prompts: Sequence[dict[str, Any]], *, max_tokens: int | None) -> None:

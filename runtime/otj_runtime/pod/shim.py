@@ -1,14 +1,15 @@
 """The parent of a process that must not outlive its starter, as a container runtime's shim is: when the process ends, everything it started ends.
 
-    python -m otj_runtime.pod.shim COMMAND [ARGUMENT...]
+    python -m otj_runtime.pod.shim [--remove FOLDER] COMMAND [ARGUMENT...]
 
 SIGTERM and SIGINT go on to the process alone, as the kubelet signals a container's first process; SIGQUIT kills all of it. If the
-starter dies, by SIGKILL even, the kernel tells the shim, which kills all of it too.
+starter dies, by SIGKILL even, the kernel tells the shim, which kills all of it too, and removes FOLDER, since nobody else is left to do so.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ KILLED = 128 + signal.SIGKILL
 class Shim:
     """Runs one command to its end."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], *, remove: str | None = None) -> None:
         self._command = command
+        self._remove = remove
         self._parent = os.getppid()
         self._child: int | None = None
         self._pending: int | None = None
@@ -51,8 +53,11 @@ class Shim:
                 return 128 - code if code < 0 else code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGQUIT or os.getppid() != self._parent:
+        orphaned = os.getppid() != self._parent
+        if number == signal.SIGQUIT or orphaned:
             kill_descendants()
+            if orphaned and self._remove is not None:
+                shutil.rmtree(self._remove, ignore_errors=True)
             os._exit(KILLED)
         if self._child is None:
             self._pending = number
@@ -60,5 +65,11 @@ class Shim:
             signal_all([self._child], number)
 
 
+def main(arguments: list[str]) -> int:
+    """Exit status of the command in `arguments`."""
+    remove = arguments[1] if arguments[0] == "--remove" else None
+    return Shim(arguments if remove is None else arguments[2:], remove=remove).run()
+
+
 if __name__ == "__main__":
-    sys.exit(Shim(sys.argv[1:]).run())
+    sys.exit(main(sys.argv[1:]))

@@ -31,17 +31,15 @@ def train(config: PodConfig, run: Run) -> None:
     """
     trainer = run.trainer
     checkpoint = newest_checkpoint(Path(config.output))
-    if trainer.accelerator.is_main_process:
-        run.reporter.forget_after(int(checkpoint.name.split("-")[1]) if checkpoint else -1)
     if checkpoint is None:
+        if trainer.accelerator.is_main_process:
+            trainer.reporter.forget_after(-1)
         _answer(run)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if run.stop.stopped:
         raise Terminated(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint was saved")
     _answer(run)
     trainer.save_model(str(Path(config.output) / FINAL_MODEL))
-    if trainer.accelerator.is_main_process:
-        run.tokenizer.save_pretrained(Path(config.output) / FINAL_MODEL)
 
 
 def _answer(run: Run) -> None:
@@ -53,7 +51,7 @@ def _answer(run: Run) -> None:
     if trainer.accelerator.is_main_process:
         version = trainer.state.global_step
         result = answer_held_out(trainer.rollouts, run.held_out, max_tokens=trainer.config.max_completion_length, policy_version=version)
-        run.reporter.held_out(trainer.state, result)
+        trainer.reporter.held_out(trainer.state, result)
     trainer.accelerator.wait_for_everyone()
 
 

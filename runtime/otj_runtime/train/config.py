@@ -58,7 +58,10 @@ class OnlineConfig(TrainingArguments):
     eval_prompts: int = field(default=0, metadata={"help": "Held-out prompts answered greedily before and after training; 0 for none."})
 
     use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM instead of transformers."})
-    vllm_device: str = field(default="auto", metadata={"help": "Device on which vLLM generates."})
+    vllm_device: str = field(
+        default="auto",
+        metadata={"help": "Device on which vLLM generates: auto (the first GPU after those that train), cuda:K, cuda:K,L, or cpu."},
+    )
     vllm_gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of the device's memory that vLLM takes."})
     vllm_dtype: str = field(default="auto", metadata={"help": "Type of vLLM's weights."})
     vllm_max_model_len: int | None = field(default=None, metadata={"help": "Longest prompt plus completion that vLLM accepts, in tokens."})
@@ -67,6 +70,8 @@ class OnlineConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         self._check_sampling()
+        # One process trains on one GPU: transformers would spread its batches over every GPU it sees, the generator's included.
+        self._n_gpu = min(self.n_gpu, 1)
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.num_generations < 2:

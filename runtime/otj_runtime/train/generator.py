@@ -1,4 +1,4 @@
-"""Connects a training rank with the pod's generator: weights go there, completions come back, and a lost generator is brought back.
+"""Connects a training rank with its generator: weights go there, completions come back, and a lost generator is brought back.
 
 A generator that died restarts in place with dummy weights. The rank that notices first installs the current version from the
 mailbox again, the others find it done; so it costs the requests that were under way, which are asked again, and no optimizer step.
@@ -6,40 +6,76 @@ mailbox again, the others find it done; so it costs the requests that were under
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from otj_runtime.api import DType
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.rollout.vllm_engine import VLLMEngine
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.sync import WeightSync
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Generator:
-    """The two ways to the generator."""
+    """A vLLM server and the way weights take to it. It need not answer yet.
+
+    Attributes:
+        url: where it listens, such as http://127.0.0.1:8000.
+        mailbox: folder of the weights mailbox, in memory that both sides share.
+        dtype: what it computes in.
+        ready_timeout_s: how long it may take to start, in seconds.
+    """
+
+    url: str
+    mailbox: Path
+    dtype: DType
+    ready_timeout_s: float
+
+
+def pod_generator(config: PodConfig) -> Generator:
+    """The generator that the pod brings."""
+    return Generator(
+        url=config.generator_url,
+        mailbox=Path(config.mailbox),
+        dtype=config.generator_dtype,
+        ready_timeout_s=float(config.generator_ready_timeout_seconds),
+    )
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The two ways to a generator."""
 
     engine: VLLMEngine
     weights: WeightSync
 
 
-def connect_generator(config: PodConfig, *, model: Any, end_tokens: set[int], prompts: Iterable[list[int]]) -> Generator:
-    """Both ways to the generator of `config`; nothing is asked of it yet.
+def connect(
+    generator: Generator,
+    *,
+    model: Any,
+    end_tokens: set[int],
+    prompts: Iterable[list[int]],
+    failure: Callable[[], str | None] = lambda: None,
+) -> Connection:
+    """Both ways to `generator`; nothing is asked of it yet.
 
     Args:
         model: the unwrapped policy whose weights are sent.
         end_tokens: tokens that end a completion.
         prompts: token ids of the run's prompts, the same on every rank; the first few are what the weight sync proves itself with.
+        failure: says why the generator will never answer, where somebody knows.
     """
     weights = WeightSync(
         model=model,
-        directory=Path(config.mailbox),
-        control=GeneratorControl(config.generator_url),
-        dtype=config.generator_dtype,
-        ready_timeout_s=float(config.generator_ready_timeout_seconds),
+        directory=generator.mailbox,
+        control=GeneratorControl(generator.url, failure=failure),
+        dtype=generator.dtype,
+        ready_timeout_s=generator.ready_timeout_s,
         prompts=prompts,
     )
-    engine = VLLMEngine(config.generator_url, end_tokens=end_tokens, recover=weights.reinstall)
-    return Generator(engine=engine, weights=weights)
+    engine = VLLMEngine(generator.url, end_tokens=end_tokens, recover=weights.reinstall)
+    return Connection(engine=engine, weights=weights)

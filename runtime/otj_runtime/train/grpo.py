@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from otj_runtime.api import Algorithm
 from otj_runtime.rollout.types import Group
 from otj_runtime.train.advantages import group_advantages
 from otj_runtime.train.batch import MicroBatch, Row, Selection, counted_tokens
@@ -44,6 +45,8 @@ class GRPOTrainer(OnlineTrainer):
     normalizer still counts it, so that a step with few useful groups is a small step.
     """
 
+    algorithm = Algorithm.GRPO
+    config_class = GRPOConfig
     config: GRPOConfig
 
     @property

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from otj_runtime.api import Algorithm
 from otj_runtime.rollout.types import Group
 from otj_runtime.train.batch import MicroBatch, Row, Selection, counted_tokens
 from otj_runtime.train.config import OnlineDPOConfig
@@ -21,6 +22,8 @@ from otj_runtime.train.trainer import OnlineTrainer
 class OnlineDPOTrainer(OnlineTrainer):
     """Rows come in pairs, chosen first. A group without a preference is counted (`frac_reward_zero_std`) and skipped."""
 
+    algorithm = Algorithm.ONLINE_DPO
+    config_class = OnlineDPOConfig
     config: OnlineDPOConfig
     unit = 2
     needs_reference = True

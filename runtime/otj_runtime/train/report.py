@@ -49,8 +49,9 @@ class Reporter(TrainerCallback):
             draft.replace(self._path)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Say how many steps there are before the first one is made."""
+        """Say how many steps there are before the first one is made, and drop what an earlier run said of steps still to come."""
         if state.is_world_process_zero:
+            self.forget_after(state.global_step)
             self._post(state, {})
 
     def on_log(

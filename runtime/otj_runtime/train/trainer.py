@@ -15,74 +15,177 @@ The hook is `get_batch_samples`: transformers asks it for the micro-batches of a
 
 from __future__ import annotations
 
+import copy
 import time
+import weakref
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from otj_runtime.api import Algorithm
+from otj_runtime.data.tokenize import PromptEncoder
+from otj_runtime.rewards import Rewards, build_rewards
 from otj_runtime.rollout.collect import Rollouts
-from otj_runtime.rollout.types import Group
+from otj_runtime.rollout.transformers_engine import TransformersEngine
+from otj_runtime.rollout.types import Group, RolloutEngine
 from otj_runtime.train.batch import MicroBatch, Selection, collate, split
 from otj_runtime.train.checkpoints import INCOMPLETE, publish_checkpoint, remove_old_checkpoints
+from otj_runtime.train.child import ChildGenerator, ServerPlan, plan_server
 from otj_runtime.train.config import OnlineConfig
+from otj_runtime.train.generator import Generator, connect
+from otj_runtime.train.loading import (
+    default_output,
+    end_tokens,
+    is_peft_model,
+    load_model,
+    load_tokenizer,
+    source_of,
+    switch_off_dropout,
+    with_adapter,
+)
 from otj_runtime.train.logprobs import Scorer, Scores
 from otj_runtime.train.meters import Meters
 from otj_runtime.train.prompts import PromptLoader, PromptOrder
 from otj_runtime.train.report import Reporter
 from otj_runtime.train.sampling import Sampler, Weights
+from otj_runtime.weights.ranks import Ranks
+
+START_SECONDS = 300.0
+"""How long ranks wait for rank 0 to start a generator's process; the generator itself may take longer."""
 
 
 class OnlineTrainer(Trainer):
     """Trains a causal language model on its own samples. Subclasses say which rows to train on and with which loss.
 
+    With `args.use_vllm`, completions come from `generator`, or, without one, from a vLLM server that rank 0 starts and ends (see
+    `child`); else from the model itself.
+
     Args:
-        model: the policy, a transformers causal language model; trained in place.
-        args: the method's configuration.
-        train_dataset: rows with a `prompt` and whatever columns the rewards read.
-        rollouts: completes and scores prompts.
-        weights: brings the policy into the generator; None if the engine uses the model itself.
-        reference: the base model, frozen; None unless the loss needs it.
-        pad_id: token that fills rows.
-        reporter: tells of every step.
+        model: the policy: a name on the hub, a folder, or a transformers causal language model, which is trained in place.
+        reward_funcs: a callable, a sequence-classification model or the name of one, or a list of these; see `rewards.build_rewards`.
+        args: the method's configuration. Default: its defaults, with an output folder named after model and method.
+        train_dataset: rows with a `prompt` (text, or messages) and whatever columns the rewards read.
+        eval_dataset: such rows, to evaluate on.
+        processing_class: the model's tokenizer. Default: loaded from the model's name or folder.
+        reward_processing_classes: tokenizers of reward models, one per reward function or None. Default: loaded with them.
+        callbacks: of transformers' Trainer, in addition to its own.
+        optimizers: optimizer and scheduler. Default: as `args` say.
+        peft_config: makes the policy a PEFT model of which only the adapter is trained.
+        judge: compares completions in pairs, besides or instead of `reward_funcs`; see `rewards.judge`.
+        generator: a running vLLM server to use instead of starting one.
+
+    Raises:
+        ImportError: if vLLM is wanted and not installed.
+        ValueError: if an argument does not fit the machine or the others.
+        ModelNotFound, DatasetInvalid, RewardImportFailed: naming what cannot be used.
     """
 
     unit = 1
     """Consecutive rows that must stay in one micro-batch."""
 
+    algorithm: ClassVar[Algorithm]
+    config_class: ClassVar[type[OnlineConfig]]
+
     def __init__(
         self,
         model: Any,
+        reward_funcs: Any = None,
+        args: OnlineConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
         *,
-        args: OnlineConfig,
-        train_dataset: Any,
-        rollouts: Rollouts,
-        weights: Weights | None,
-        reference: Any | None = None,
-        pad_id: int,
-        reporter: Reporter,
+        judge: Any = None,
+        generator: Generator | None = None,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=train_dataset, callbacks=[reporter])
+        args = args or self.config_class(output_dir=default_output(model, self.algorithm))
+        if train_dataset is None:
+            raise ValueError("train_dataset: is missing; give rows with a prompt")
+        plan = plan_server(args) if args.use_vllm and generator is None else None
+        init = dict(args.model_init_kwargs or {})
+        tokenizer = load_tokenizer(processing_class or source_of(model), revision=init.get("revision"))
+        policy = load_model(model, **init)
+        if args.disable_dropout:
+            switch_off_dropout(policy)
+        if peft_config is not None:
+            policy = with_adapter(policy, peft_config)
+        encoder = PromptEncoder(tokenizer)
+        encoder.check_lengths(train_dataset, max_tokens=prompt_limit(args, policy.config))
+        self.reporter = Reporter(output=Path(str(args.output_dir)), world_size=args.world_size)
+        super().__init__(
+            model=policy,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[self.reporter, *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)  # the reporter's lines say the same, readably
         self.loss_is_scaled_for_ga = True  # `normalizer` already spans all micro-batches of a step
         self.config = args
         self._prompts = train_dataset
         self._output = Path(str(args.output_dir))
-        self.rollouts = rollouts
-        self.weights = weights
-        self.reference = reference
+        self.reference = self.make_reference()
         self.meters = Meters()
-        self.reporter = reporter
-        self._pad_id = pad_id
+        self._pad_id = tokenizer.pad_token_id
+        engine, self.weights = self._connect(generator, plan, encoder)
+        if not isinstance(reward_funcs, Rewards):
+            reward_funcs = build_rewards(
+                reward_funcs, reward_weights=args.reward_weights, reward_processing_classes=reward_processing_classes, judge=judge
+            )
+        reward_funcs.load()
+        self.rollouts = Rollouts(engine=engine, encoder=encoder, rewards=reward_funcs, tokenizer=tokenizer)
         self.sampler = Sampler(
-            config=args, rollouts=rollouts, weights=weights, meters=self.meters, reporter=reporter, build=self._build_batches
+            config=args, rollouts=self.rollouts, weights=self.weights, meters=self.meters, reporter=self.reporter, build=self._build_batches
         )
         self._resumed_from: str | None = None
         self._random_state_restored = False
         self._step_began: float | None = None
+
+    def _connect(
+        self, generator: Generator | None, plan: ServerPlan | None, encoder: PromptEncoder
+    ) -> tuple[RolloutEngine, Weights | None]:
+        """The engine that completes prompts, and the way of the weights to it; starts the generator that `plan` describes."""
+        policy = self.accelerator.unwrap_model(self.model)
+        ends = end_tokens(policy, encoder.tokenizer)
+        failure: Callable[[], str | None] = lambda: None  # noqa: E731
+        if plan is not None:
+            generator, failure = self._start_child(plan, policy, encoder.tokenizer)
+        if generator is None:
+            return TransformersEngine(policy, pad_id=self._pad_id, eos_ids=ends), None
+        prompts = (encoder.encode(self._prompts[index]["prompt"]) for index in range(len(self._prompts)))
+        connection = connect(generator, model=policy, end_tokens=ends, prompts=prompts, failure=failure)
+        return connection.engine, connection.weights
+
+    def _start_child(self, plan: ServerPlan, policy: Any, tokenizer: Any) -> tuple[Generator, Callable[[], str | None]]:
+        """Start the generator on rank 0; every rank learns where it is. It ends with the trainer, or the process."""
+        children: list[ChildGenerator] = []
+
+        def start() -> Generator:
+            child = ChildGenerator(plan, model=policy, tokenizer=tokenizer, output=self._output)
+            weakref.finalize(self, child.close)
+            children.append(child)
+            return child.generator
+
+        generator = Ranks(timeout_s=START_SECONDS).lead(start, phase="generator")
+        return generator, children[0].failure if children else lambda: None
+
+    def make_reference(self) -> Any | None:
+        """The base model, frozen, that the loss compares with; None if it needs none, or a PEFT model without its adapter is it."""
+        if not self.needs_reference or is_peft_model(self.model):
+            return None
+        return copy.deepcopy(self.accelerator.unwrap_model(self.model)).eval().requires_grad_(False)
 
     @property
     @abstractmethod
@@ -229,3 +332,10 @@ class OnlineTrainer(Trainer):
             publish_checkpoint(self._output, self.state.global_step)
             remove_old_checkpoints(self._output, keep=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
+
+
+def prompt_limit(args: OnlineConfig, model_config: Any) -> int | None:
+    """Longest prompt that leaves room for a completion, in tokens; None if nothing limits it."""
+    window = args.vllm_max_model_len or getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    limits = [args.max_prompt_length, window - args.max_completion_length if window is not None else None]
+    return min((limit for limit in limits if limit is not None), default=None)

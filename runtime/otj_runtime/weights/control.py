@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,13 +39,15 @@ class GeneratorControl:
 
     Args:
         url: where it listens, such as http://127.0.0.1:8000.
+        failure: says why it will never answer, where somebody knows; None while there is hope.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, failure: Callable[[], str | None] = lambda: None) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None or parts.port is None:
             raise ValueError(f"the generator's URL must look like http://host:port, not {url!r}")
         self._host, self._port = parts.hostname, parts.port
+        self._failure = failure
 
     # -- its state -------------------------------------------------------------------------------------------------------------
 
@@ -60,10 +63,12 @@ class GeneratorControl:
         """Return as soon as the server answers and its engine lives.
 
         Raises:
-            GeneratorNotReady: when `deadline_s` seconds have passed.
+            GeneratorNotReady: when `deadline_s` seconds have passed, or as soon as it is known that it never will.
         """
         end = time.monotonic() + deadline_s
         while not self.healthy():
+            if (failure := self._failure()) is not None:
+                raise GeneratorNotReady(failure)
             if time.monotonic() > end:
                 raise GeneratorNotReady(
                     f"the generator at {self._host}:{self._port} did not answer within {deadline_s:.0f} s: read the log of container "

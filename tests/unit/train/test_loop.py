@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from otj_runtime.api.inputs import DatasetSpec
 from otj_runtime.data.load import load_prompts
 from otj_runtime.data.model import build_tiny
-from otj_runtime.data.tokenize import PromptEncoder
 from otj_runtime.pod.metrics import MetricsLine, read_metrics
 from otj_runtime.rewards import load_rewards
-from otj_runtime.rollout.collect import Rollouts
-from otj_runtime.rollout.transformers_engine import TransformersEngine
 from otj_runtime.train.checkpoints import newest_checkpoint
 from otj_runtime.train.config import GRPOConfig, OnlineConfig, OnlineDPOConfig
 from otj_runtime.train.grpo import GRPOTrainer
 from otj_runtime.train.online_dpo import OnlineDPOTrainer
-from otj_runtime.train.report import Reporter
 from otj_runtime.train.trainer import OnlineTrainer
 
 BASE: dict[str, Any] = {
@@ -58,24 +52,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer_for(tiny: Path, output: Path, *, kind: type[OnlineTrainer] = GRPOTrainer, **changes: Any) -> OnlineTrainer:
     config: type[OnlineConfig] = GRPOConfig if kind is GRPOTrainer else OnlineDPOConfig
     args = config(output_dir=str(output), **(BASE | changes))
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    data = DatasetSpec(task="copy", args={"length": 4})
-    needs_reference = kind is OnlineDPOTrainer or getattr(args, "beta", 0.0) != 0.0
     return kind(
-        model,
+        str(tiny),
+        load_rewards([], task="copy"),
         args=args,
-        train_dataset=load_prompts(data, seed=0),
-        rollouts=Rollouts(
-            engine=TransformersEngine(model, pad_id=tokenizer.pad_token_id, eos_ids={tokenizer.eos_token_id}),
-            encoder=PromptEncoder(tokenizer),
-            rewards=load_rewards([], task="copy"),
-            tokenizer=tokenizer,
-        ),
-        weights=None,
-        reference=copy.deepcopy(model).eval() if needs_reference else None,
-        pad_id=tokenizer.pad_token_id,
-        reporter=Reporter(output=output, world_size=1),
+        train_dataset=load_prompts(DatasetSpec(task="copy", args={"length": 4}), seed=0),
     )
 
 
