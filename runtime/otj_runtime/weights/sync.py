@@ -30,6 +30,7 @@ import torch
 from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
 from otj_runtime.pod.names import SERVED_MODEL
+from otj_runtime.weights.composed import PolicyTensor, whole
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import MailboxError, WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Phases, install, only_one
@@ -37,7 +38,7 @@ from otj_runtime.weights.layout import Layout
 from otj_runtime.weights.mailbox import MailboxWriter, Ticket
 from otj_runtime.weights.probe import Agreement, TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
-from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares, whole
+from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class WeightSync:
             self._ranks = Ranks(timeout_s=self._ready_timeout_s + SYNC_SECONDS)
         return self._ranks
 
-    def _begin(self, ranks: Ranks, tensors: dict[str, torch.Tensor], version: int) -> tuple[MailboxWriter, Ticket]:
+    def _begin(self, ranks: Ranks, tensors: dict[str, PolicyTensor], version: int) -> tuple[MailboxWriter, Ticket]:
         """The writer of this rank and the ticket of all. The file is made by rank 0, at the first push."""
         layout = Layout.of(((name, tuple(tensor.shape)) for name, tensor in tensors.items()), getattr(torch, self._dtype))
 
@@ -212,7 +213,7 @@ class WeightSync:
         ranks.together(lambda: follow() and None, phase="begin")
         return follow(), ticket
 
-    def _write(self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, torch.Tensor], sharded: bool) -> int:
+    def _write(self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor], sharded: bool) -> int:
         """Write this rank's share; return its bytes."""
         mine = set(shares(writer.layout.tensors, ranks=ranks.size)[ranks.rank])
         written = 0

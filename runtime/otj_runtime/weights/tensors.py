@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from otj_runtime.weights.composed import Composed, PolicyTensor, available, is_collective, is_partitioned, merged
 from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.layout import TensorEntry
 
 
-def policy_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def policy_tensors(model: torch.nn.Module) -> dict[str, PolicyTensor]:
     """The floating point parameters and persistent buffers of an unwrapped model, by checkpoint name, each memory once.
 
     Of names that share one memory (tied embeddings) the first in the model's order stands for all, as in
     `named_parameters`: it is the name that model loaders look for. Buffers come along because a generator that started with
-    dummy weights has none of them.
+    dummy weights has none of them. A PEFT model's tensors are those of its base model with the adapter merged.
 
     Raises:
-        WeightSyncFailed: if a parameter is partitioned in a way that its shape does not show (DeepSpeed ZeRO-3).
+        WeightSyncFailed: if the model has an adapter that cannot be merged.
     """
-    found: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, int, tuple[int, ...]]] = set()
-    for name, tensor in _named(model):
-        if not tensor.is_floating_point():
-            continue
-        if hasattr(tensor, "ds_id"):
-            raise WeightSyncFailed(f"parameter {name} is partitioned by DeepSpeed ZeRO-3: use strategy fsdp2 or ddp", phase="write")
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        place = (local.untyped_storage().data_ptr(), int(local.storage_offset()), tuple(tensor.shape))
-        if local.numel() and place in seen:
-            continue
-        seen.add(place)
-        found[name] = tensor
+    found: dict[str, PolicyTensor] = {}
+    seen: set[Any] = set()
+    for name, tensor in _with_adapter(model) if hasattr(model, "peft_config") else _named(model):
+        if isinstance(tensor, Composed):
+            found[name] = tensor
+        elif tensor.is_floating_point() and (place := _place(tensor)) not in seen:
+            seen.add(place)
+            found[name] = available(tensor)
     return found
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    """Where the tensor lies, equal for two names of one memory. An empty tensor lies nowhere, and is equal to no other."""
+    if is_partitioned(tensor):
+        return tensor.ds_id  # type: ignore[attr-defined]
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not local.numel():
+        return object()
+    return local.untyped_storage().data_ptr(), int(local.storage_offset()), tuple(tensor.shape)
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,12 +54,19 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((name, tensor) for name, tensor in state.items() if name not in parameters and isinstance(tensor, torch.Tensor))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with all its shards. Collective if it is sharded: every rank must ask for the same tensors in the same order."""
-    if isinstance(tensor, DTensor):
-        gathered: torch.Tensor = tensor.full_tensor()
-        return gathered
-    return tensor
+def _with_adapter(model: Any) -> Iterator[tuple[str, PolicyTensor]]:
+    """As `_named`, of a PEFT model, by the names of its base model: layers merged, modules that are trained whole in place of the
+    originals."""
+    adapter = model.active_adapters[0]
+    if (kind := model.peft_config[adapter].peft_type) != "LORA":
+        raise WeightSyncFailed(f"an adapter of type {kind.value} cannot be merged into the policy: use LoRA", phase="write")
+    for name, tensor in _named(model):
+        layer, base, _ = name.rpartition(".base_layer.weight")
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(f".modules_to_save.{adapter}", "")
+        if base:
+            yield plain, merged(plain, model.get_submodule(layer), adapter)
+        elif ".lora_" not in name and ".original_module." not in name:
+            yield plain, tensor
 
 
 def reshard(model: torch.nn.Module) -> None:
@@ -63,9 +77,9 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def is_sharded(tensors: dict[str, torch.Tensor]) -> bool:
+def is_sharded(tensors: dict[str, PolicyTensor]) -> bool:
     """Whether any tensor is spread over the ranks."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    return any(map(is_collective, tensors.values()))
 
 
 def shares(tensors: tuple[TensorEntry, ...], *, ranks: int) -> list[list[str]]:

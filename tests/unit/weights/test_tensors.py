@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from otj_runtime.weights.composed import whole
 from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.layout import Layout
-from otj_runtime.weights.tensors import policy_tensors, shares
+from otj_runtime.weights.tensors import is_sharded, policy_tensors, shares
 
 
 def _model(*, tied: bool) -> Qwen3ForCausalLM:
@@ -52,11 +60,63 @@ def test_persistent_floating_buffers_come_along_and_no_others() -> None:
     assert list(policy_tensors(model)) == ["weight", "bias_of_router"]
 
 
-def test_zero3_is_refused_by_name() -> None:
-    model = torch.nn.Linear(2, 2)
-    model.bias.ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(WeightSyncFailed, match="parameter bias is partitioned by DeepSpeed ZeRO-3"):
-        policy_tensors(model)
+def test_a_parameter_that_zero3_has_cut_is_gathered_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 3)
+    kept = model.weight.data.clone()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape = number, parameter.shape  # type: ignore[attr-defined]
+        parameter.data = torch.empty(0)
+    gathering: list[int] = []
+
+    @contextmanager
+    def gathered_parameters(parameters: list[Any]) -> Iterator[None]:
+        [parameter] = parameters  # one at a time: the whole model would not fit
+        gathering.append(parameter.ds_id)
+        parameter.data = kept if parameter.ds_id == 0 else torch.zeros(3)
+        yield
+        parameter.data = torch.empty(0)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered_parameters)))
+    tensors = policy_tensors(model)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"weight": (3, 2), "bias": (3,)}
+    assert is_sharded(tensors)
+    assert gathering == []
+    copy = whole(tensors["weight"])
+    assert torch.equal(copy, kept)
+    assert copy.data_ptr() != kept.data_ptr()
+    assert gathering == [0]
+
+
+@pytest.fixture
+def lora_model() -> Any:
+    """A model with an adapter that changes its outputs, and an output layer that is trained whole."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    return get_peft_model(_model(tied=False), config)
+
+
+def test_an_adapter_is_merged_in_a_copy_under_the_names_of_the_base_model(lora_model: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in lora_model.state_dict().items()}
+    tensors = {name: whole(tensor) for name, tensor in policy_tensors(lora_model).items()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lora_model.state_dict().items())
+    expected = dict(lora_model.merge_and_unload().named_parameters())
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name].detach())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), r"adapter of model\.layers\.0\.self_attn\.q_proj\.weight .*no DoRA"),
+        (LoraConfig(r=2, target_modules=["embed_tokens"]), r"adapter of model\.embed_tokens\.weight .*leave embeddings out"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "adapter of type PREFIX_TUNING cannot be merged"),
+    ],
+    ids=["dora", "embedding", "prefix"],
+)
+def test_an_adapter_that_is_no_sum_is_refused_by_name(config: Any, words: str) -> None:
+    with pytest.raises(WeightSyncFailed, match=words):
+        policy_tensors(get_peft_model(_model(tied=False), config))
 
 
 @given(sizes=st.lists(st.integers(1, 10_000), max_size=60), ranks=st.integers(1, 8))
