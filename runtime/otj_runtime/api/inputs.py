@@ -19,14 +19,25 @@ class DatasetSpec(ApiModel):
     """Where prompts come from: a built-in task, a dataset on the hub, or files on a mounted volume."""
 
     task: ShortText | None = Field(
-        None, description="A built-in task: addition, copy or reverse. It brings its own reward. Give one of task, name and path."
+        None,
+        description="A built-in task: addition, copy, reverse, or reasoning_gym/NAME for a generator of that package. It brings its own "
+        "reward. Give one of task, name and path.",
     )
     name: ShortText | None = Field(None, description="Name of a dataset on the hub. Give one of task, name and path.")
     path: PathText | None = Field(
         None,
-        description="Absolute path on a mounted volume: a JSONL file or a folder that `datasets` can load. Give one of task, name and path.",
+        description="Absolute path on a mounted volume: a JSONL, parquet or CSV file, or a folder that `datasets` can load. Give one of task, "
+        "name and path.",
     )
     split: ShortText = Field("train", description="Split to train on. Default: train.")
+    eval_split: ShortText | None = Field(
+        None, description="Split whose prompts are answered to measure the policy. Default: none; a built-in task keeps prompts of its own."
+    )
+    streaming: bool = Field(
+        False,
+        description="Read the dataset while training instead of loading it; it has no length then, so training.max_steps is needed. "
+        "Default: false.",
+    )
     columns: dict[str, Annotated[str, Field(max_length=253)]] = Field(
         default_factory=dict,
         max_length=32,
@@ -42,6 +53,12 @@ class DatasetSpec(ApiModel):
             cel="(has(self.task) ? 1 : 0) + (has(self.name) ? 1 : 0) + (has(self.path) ? 1 : 0) == 1",
             message="give exactly one of dataset.task (built in), dataset.name (on the hub) and dataset.path (on a mounted volume)",
             holds=lambda d: sum(x is not None for x in (d.task, d.name, d.path)) == 1,
+        ),
+        Rule(
+            cel="!has(self.task) || (!has(self.evalSplit) && !(has(self.streaming) && self.streaming))",
+            message="dataset.evalSplit and dataset.streaming go with dataset.name or dataset.path: a built-in task is made in memory and keeps "
+            "prompts of its own",
+            holds=lambda d: d.task is None or (d.eval_split is None and not d.streaming),
         ),
     )
 

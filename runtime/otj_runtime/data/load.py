@@ -1,19 +1,20 @@
-"""Prompts of a job: a built-in task, a JSONL file, a folder or a name that `datasets` knows - all read the same way afterwards.
+"""Prompts of a job: a built-in task, a JSONL file, other files or names that `datasets` knows - all read the same way afterwards.
 
     source -> rows (anything with a length and an index) and their columns -> Prompts, which renames columns as rows are read
+           -> a stream, which has neither length nor index               -> Stream, renamed alike
 
-Files are read whole and checked line by line, because a bad line must be named before training, not at step 500; what `datasets`
-loads stays memory-mapped.
+What is loaded here stays where it is, memory-mapped or on disk; `prepare` encodes it and decides about rows that are too long.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, overload
 
 from otj_runtime.api.inputs import DatasetSpec
+from otj_runtime.data.jsonl import JsonLines
 from otj_runtime.data.tasks import Sample, make_samples
 from otj_runtime.pod.errors import DatasetInvalid
 
@@ -21,6 +22,9 @@ PROMPT = "prompt"
 
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files that `save_to_disk` leaves for one dataset, and for one with splits."""
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+"""Single files that `datasets` reads; any other file is taken for JSONL."""
 
 
 class Rows(Protocol):
@@ -55,116 +59,144 @@ class Prompts(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = self._rows[index]
-        hidden = set(self._renamed.values())
-        kept = {name: value for name, value in row.items() if name not in hidden}
-        return kept | {name: row[source] for name, source in self._renamed.items()}
+        return _rename(self._rows[index], self._renamed)
 
 
-def load_prompts(spec: DatasetSpec, *, seed: int) -> Prompts:
+@dataclass(frozen=True)
+class Stream:
+    """Rows that can only be read from the beginning, as often as one likes.
+
+    Attributes:
+        source: the dataset's name for messages.
+        open: starts pass number `n` over the rows, from 0.
+    """
+
+    source: str
+    open: Callable[[int], Iterator[Sample]]
+
+
+def load_prompts(spec: DatasetSpec, *, seed: int, split: str | None = None, limit: int | None = None) -> Prompts | Stream:
     """The rows to train on: dictionaries with `prompt` (text, or messages) and whatever columns the rewards read.
 
     Args:
         spec: the job's dataset.
-        seed: of built-in tasks, unless `spec.args` has one.
+        seed: of built-in tasks, unless `spec.args` has one, and of a stream's shuffling.
+        split: another split than `spec.split`.
+        limit: of a JSONL file, check and offer so many rows only.
 
     Raises:
         DatasetInvalid: if it cannot be found or read, is empty, or lacks a column.
     """
-    source, rows, columns = _open(spec, seed)
-    if not len(rows):
+    source, rows, columns = _open(spec, seed, split or spec.split, limit)
+    if spec.streaming:
+        if (first := next(iter(rows), None)) is None:
+            raise DatasetInvalid(f"{source} has no rows: training needs at least one prompt")
+        columns = list(first)
+    elif not len(rows):
         raise DatasetInvalid(f"{source} has no rows: training needs at least one prompt")
-    for name, column in spec.columns.items():
+    _check_columns(source, columns, spec.columns)
+    return _stream(source, rows, spec.columns, seed) if spec.streaming else Prompts(rows, spec.columns)
+
+
+def _check_columns(source: str, columns: list[str], renamed: dict[str, str]) -> None:
+    for name, column in renamed.items():
         if column not in columns:
             raise DatasetInvalid(f"{source} has no column {column}, which dataset.columns.{name} names; it has {', '.join(columns)}")
-    if PROMPT not in spec.columns and PROMPT not in columns:
+    if PROMPT not in renamed and PROMPT not in columns:
         raise DatasetInvalid(
             f"{source} has no column {PROMPT}; it has {', '.join(columns)}: name the one with the prompts in dataset.columns.{PROMPT}"
         )
-    return Prompts(rows, spec.columns)
 
 
-def held_out_prompts(spec: DatasetSpec) -> list[Sample]:
-    """The rows that a built-in task keeps for measuring; none for other datasets."""
-    if spec.task is None:
-        return []
-    return Prompts(make_samples(spec.task, spec.args, seed=0).held_out, spec.columns)[:]
-
-
-def _open(spec: DatasetSpec, seed: int) -> tuple[str, Rows, list[str]]:
-    """The dataset's name for messages, its rows, and their columns."""
-    if spec.task is not None:
-        rows = make_samples(spec.task, spec.args, seed=seed).train
-        return f"task {spec.task}", rows, _columns(rows)
-    if spec.path is not None and Path(spec.path).is_file():
-        rows = read_jsonl(Path(spec.path))
-        return spec.path, rows, _columns(rows)
-    dataset = _load_dataset(spec)
-    return f"dataset {spec.path or spec.name} (split {spec.split})", dataset, list(dataset.column_names)
-
-
-def _columns(rows: list[Sample]) -> list[str]:
-    return list(rows[0]) if rows else []
-
-
-def read_jsonl(path: Path) -> list[Sample]:
-    """The objects in `path`, one a line; blank lines do not count. A column that a line lacks is None there.
+def prompts_of(dataset: Any, *, seed: int) -> Prompts | Stream:
+    """The same from an object of a Python script: a dataset of `datasets`, streaming or not, or a list of dictionaries.
 
     Raises:
-        DatasetInvalid: naming the line that is no JSON object.
+        DatasetInvalid: if it is empty or lacks the column `prompt`.
     """
-    rows = []
-    try:
-        # Not splitlines(): JSON strings may hold characters that it takes for the end of a line.
-        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
-            if line.strip():
-                rows.append(_parse_line(line, path, number))
-    except UnicodeDecodeError as error:
-        raise DatasetInvalid(
-            f"{path} is no JSONL file: it is no UTF-8 text ({error.reason} at byte {error.start}). {_OTHER_FILES}"
-        ) from error
-    except OSError as error:
-        raise DatasetInvalid(f"{path} cannot be read: {error.strerror}") from error
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in columns} for row in rows]
+    source = f"train_dataset ({type(dataset).__name__})"
+    streaming = not hasattr(dataset, "__len__")
+    first = next(iter(dataset), None) if streaming else dataset[0] if len(dataset) else None
+    if first is None:
+        raise DatasetInvalid(f"{source} has no rows: training needs at least one prompt")
+    _check_columns(source, list(first), {})
+    return _stream(source, dataset, {}, seed) if streaming else Prompts(dataset, {})
 
 
-_OTHER_FILES = "For other formats, give the folder that holds the file"
+SHUFFLE_BUFFER = 1000
+"""Rows of a stream among which the next one is drawn."""
 
 
-def _parse_line(line: str, path: Path, number: int) -> Sample:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DatasetInvalid(f"{path}, line {number} is no JSON: {error}; it begins {line[:80]!r}. {_OTHER_FILES}") from error
-    if not isinstance(row, dict):
-        raise DatasetInvalid(f'{path}, line {number} is a {type(row).__name__}, not an object like {{"prompt": ...}}: {line[:80]!r}')
-    return row
+def _stream(source: str, dataset: Any, renamed: dict[str, str], seed: int) -> Stream:
+    def start(number: int) -> Iterator[Sample]:
+        shuffled = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if hasattr(dataset, "shuffle") else dataset
+        if hasattr(shuffled, "set_epoch"):
+            shuffled.set_epoch(number)
+        return (_rename(row, renamed) for row in shuffled)
+
+    return Stream(source, start)
 
 
-def _load_dataset(spec: DatasetSpec) -> Any:
+def _rename(row: Sample, renamed: dict[str, str]) -> Sample:
+    hidden = set(renamed.values())
+    kept = {name: value for name, value in row.items() if name not in hidden}
+    return kept | {name: row[source] for name, source in renamed.items()}
+
+
+def held_out_prompts(spec: DatasetSpec, *, seed: int = 0) -> Sequence[Sample]:
+    """The rows kept for measuring: the job's `evalSplit`, or those that a built-in task keeps; none otherwise.
+
+    Raises:
+        DatasetInvalid: as `load_prompts`.
+    """
+    if spec.task is not None:
+        return Prompts(make_samples(spec.task, spec.args, seed=0).held_out, spec.columns)
+    if spec.eval_split is None:
+        return []
+    whole = spec.model_copy(update={"streaming": False})
+    found = load_prompts(whole, seed=seed, split=spec.eval_split)
+    assert isinstance(found, Prompts)
+    return found
+
+
+def _open(spec: DatasetSpec, seed: int, split: str, limit: int | None) -> tuple[str, Any, list[str]]:
+    """The dataset's name for messages, its rows, and their columns; a stream's columns are not known yet."""
+    if spec.task is not None:
+        rows = make_samples(spec.task, spec.args, seed=seed).train
+        return f"task {spec.task}", rows, list(rows[0]) if len(rows) else []
+    path = Path(spec.path) if spec.path is not None else None
+    if path is not None and path.is_file() and path.suffix not in FORMATS and not spec.streaming:
+        lines = JsonLines(path, limit=limit)
+        return str(path), lines, lines.column_names
+    dataset = _load_dataset(spec, split)
+    return f"dataset {spec.path or spec.name} (split {split})", dataset, list(dataset.column_names or [])
+
+
+def _load_dataset(spec: DatasetSpec, split: str) -> Any:
     """The split of `spec`, read by `datasets`; `spec.args` are further arguments of its loader."""
     import datasets
 
-    folder = Path(spec.path) if spec.path is not None else None
-    if folder is not None and not folder.exists():
-        raise DatasetInvalid(f"dataset.path {folder} does not exist: check it, and the volume mounted there")
+    path = Path(spec.path) if spec.path is not None else None
+    if path is not None and not path.exists():
+        raise DatasetInvalid(f"dataset.path {path} does not exist: check it, and the volume mounted there")
     try:
-        if folder is not None and any((folder / name).is_file() for name in (SAVED_DATASET, SAVED_SPLITS)):
-            return _split(datasets.load_from_disk(str(folder)), spec)
-        return datasets.load_dataset(str(folder or spec.name), split=spec.split, **spec.args)
+        if path is not None and any((path / name).is_file() for name in (SAVED_DATASET, SAVED_SPLITS)):
+            saved = _split(datasets.load_from_disk(str(path)), spec, split)
+            return saved.to_iterable_dataset() if spec.streaming else saved
+        if path is not None and path.is_file():
+            kind = FORMATS.get(path.suffix, "json")  # a single file is one split, whatever the job calls it
+            return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=spec.streaming, **spec.args)
+        return datasets.load_dataset(str(path or spec.name), split=split, streaming=spec.streaming, **spec.args)
     except DatasetInvalid:
         raise
     except Exception as error:  # the loaders of `datasets` raise whatever their formats' readers do
         words = " ".join(str(error).split())[:600]
-        raise DatasetInvalid(
-            f"dataset {folder or spec.name} (split {spec.split}) cannot be loaded: {type(error).__name__}: {words}"
-        ) from error
+        raise DatasetInvalid(f"dataset {path or spec.name} (split {split}) cannot be loaded: {type(error).__name__}: {words}") from error
 
 
-def _split(saved: Any, spec: DatasetSpec) -> Any:
+def _split(saved: Any, spec: DatasetSpec, split: str) -> Any:
     if not isinstance(saved, dict):
         return saved
-    if spec.split not in saved:
-        raise DatasetInvalid(f"dataset {spec.path} has no split {spec.split}; it has {', '.join(saved)}")
-    return saved[spec.split]
+    if split not in saved:
+        raise DatasetInvalid(f"dataset {spec.path} has no split {split}; it has {', '.join(saved)}")
+    return saved[split]

@@ -6,6 +6,7 @@ Either way a prompt begins with one beginning-of-sequence token at most, also if
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,78 +14,109 @@ from otj_runtime.pod.errors import DatasetInvalid
 
 Message = dict[str, Any]
 
+PROMPT_IDS = "prompt_ids"
+"""Column in which a prepared row carries its prompt's token ids."""
+
+TOOLS, TEMPLATE_KWARGS = "tools", "chat_template_kwargs"
+"""Columns of a conversation that its chat template gets: the tools that it may call (a list, or
+its JSON, which keeps `datasets` from filling up its objects), and further arguments for this row."""
+
 
 class PromptEncoder:
     """Encodes prompts for one model.
 
     Args:
         tokenizer: the model's, as transformers loads it.
+        template_kwargs: further arguments of its chat template, for every row.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, template_kwargs: dict[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
+        self._template_kwargs = template_kwargs or {}
 
     def encode(self, prompt: str | list[Message]) -> list[int]:
-        """Token ids of `prompt`; of a conversation, up to where the assistant begins to speak.
+        """Token ids of `prompt`; of a conversation, up to where the assistant begins to speak, or goes on if the last message is its own.
 
         Raises:
             DatasetInvalid: if it is neither text nor messages, cannot be tokenised, or there is no chat template for messages.
         """
-        if isinstance(prompt, str):
-            ids = self._encode_text(prompt)
-        elif _is_conversation(prompt):
-            ids = self._encode_conversation(prompt)
-        else:
-            raise DatasetInvalid(f"prompt {prompt!r:.100} is neither text nor a list of messages with role and content")
-        if not ids:
-            raise DatasetInvalid(f"prompt {prompt!r:.100} has no tokens")
-        return ids
+        return self.encode_row({"prompt": prompt})
 
-    def _encode_text(self, text: str) -> list[int]:
+    def encode_row(self, row: dict[str, Any]) -> list[int]:
+        """Token ids of a dataset's row: those that it carries, else of its prompt; the chat template gets the row's tools and arguments.
+
+        Raises:
+            DatasetInvalid: as `encode`.
+        """
+        if PROMPT_IDS in row:
+            return list(row[PROMPT_IDS])
+        return self._tokenize([self._render(row)], special=isinstance(row["prompt"], str))[0]
+
+    def encode_rows(self, rows: Sequence[dict[str, Any]], *, first: int = 0) -> list[list[int]]:
+        """Token ids of many rows, tokenised together, which uses every core.
+
+        Args:
+            rows: the rows, the first of which has the index `first` in the dataset.
+
+        Raises:
+            DatasetInvalid: naming the first sample that cannot be encoded.
+        """
         try:
-            return self._begun_once(list(self.tokenizer(text)["input_ids"]))
-        except Exception as error:  # tokenizers raises plain Exception for text outside its vocabulary
-            raise DatasetInvalid(f"prompt {text!r:.100} cannot be tokenised: {error}") from error
+            texts = [self._render(row) for row in rows]
+            special = [isinstance(row["prompt"], str) for row in rows]
+            if len(set(special)) == 1:
+                return self._tokenize(texts, special=special[0])
+        except DatasetInvalid:
+            pass  # one by one, to find out which
+        found = []
+        for index, row in enumerate(rows, start=first):
+            try:
+                found.append(self.encode_row(row))
+            except DatasetInvalid as error:
+                raise DatasetInvalid(f"sample {index}: {error}") from error
+        return found
 
-    def _encode_conversation(self, messages: list[Message]) -> list[int]:
+    def _render(self, row: dict[str, Any]) -> str:
+        """The text to tokenise: plain, or what the chat template writes."""
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            return prompt
+        if not _is_conversation(prompt):
+            raise DatasetInvalid(f"prompt {prompt!r:.100} is neither text nor a list of messages with role and content")
         if not self.tokenizer.chat_template:
             raise DatasetInvalid(
                 "prompts are conversations, but the model's tokenizer has no chat template: use plain text, or a chat model"
             )
+        goes_on = prompt[-1]["role"] == "assistant"
+        own = row.get(TEMPLATE_KWARGS) or {}
+        tools = row.get(TOOLS) or None
         try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            text = self.tokenizer.apply_chat_template(
+                prompt,
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                tokenize=False,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+                **self._template_kwargs | own,
+            )
         except Exception as error:  # templates are programs: they raise whatever they like
-            raise DatasetInvalid(f"the model's chat template refuses {messages!r:.100}: {error}") from error
-        return self._begun_once(list(ids))
+            raise DatasetInvalid(f"the model's chat template refuses {prompt!r:.100}: {error}") from error
+        return str(text)
+
+    def _tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
+        """Token ids of each text; with `special`, the tokenizer adds the tokens that a chat template writes itself."""
+        try:
+            found = [self._begun_once(list(ids)) for ids in self.tokenizer(texts, add_special_tokens=special)["input_ids"]]
+        except Exception as error:  # tokenizers raises plain Exception for text outside its vocabulary
+            raise DatasetInvalid(f"prompt {texts[0]!r:.100} cannot be tokenised: {error}") from error
+        for text, ids in zip(texts, found, strict=True):
+            if not ids:
+                raise DatasetInvalid(f"prompt {text!r:.100} has no tokens")
+        return found
 
     def _begun_once(self, ids: list[int]) -> list[int]:
         begin = self.tokenizer.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
-
-    def check_lengths(self, prompts: Sequence[dict[str, Any]], *, max_tokens: int | None) -> None:
-        """Encode every prompt once, so that none fails in the middle of the run.
-
-        Args:
-            prompts: rows with `prompt`.
-            max_tokens: longest prompt that leaves room for a completion; None for no limit.
-
-        Raises:
-            DatasetInvalid: naming the first sample that cannot be encoded or is too long, its length and the limit.
-        """
-        if max_tokens is not None and max_tokens < 1:
-            raise DatasetInvalid(
-                f"no prompt fits: generation.maxModelLen leaves {max_tokens} tokens beside training.max_completion_length; raise it"
-            )
-        for index in range(len(prompts)):
-            try:
-                length = len(self.encode(prompts[index]["prompt"]))
-            except DatasetInvalid as error:
-                raise DatasetInvalid(f"sample {index}: {error}") from error
-            if max_tokens is not None and length > max_tokens:
-                raise DatasetInvalid(
-                    f"sample {index}: its prompt has {length} tokens, the limit is {max_tokens} (the smaller of training.max_prompt_length and "
-                    "generation.maxModelLen - training.max_completion_length): raise it, or remove the sample"
-                )
 
 
 def _is_conversation(prompt: Any) -> bool:

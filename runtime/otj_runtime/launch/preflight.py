@@ -20,6 +20,9 @@ from otj_runtime.rewards import load_rewards
 
 IMPORT_SECONDS = 120
 
+CHECKED_ROWS = 1000
+"""Rows of a JSONL file that are looked at here: the ranks check them all, and a large file is not read once more for that."""
+
 
 async def check_inputs(config: PodConfig) -> None:
     """Load the job's rewards, and its dataset unless the hub has it, as the ranks do; then forget them. Of a script of the user's own
@@ -84,7 +87,7 @@ def _check_dataset(config: PodConfig) -> None:
     """Load what needs no network. Errors that are not ours are left for the ranks to tell."""
     if config.prompts.name is None:
         try:
-            load_prompts(config.prompts, seed=0)
+            load_prompts(config.prompts, seed=0, limit=CHECKED_ROWS)
         except RunError:
             raise
         except Exception as error:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from otj_runtime.data.tokenize import PromptEncoder
+from otj_runtime.data.tokenize import PROMPT_IDS, PromptEncoder
 from otj_runtime.pod.metrics import Answer
 from otj_runtime.rewards import Rewards
 from otj_runtime.rollout.types import Group, RolloutEngine, Sampling
@@ -35,7 +35,7 @@ class Rollouts:
             GeneratorLost: if the generator does not come back.
             RewardFailed: if a reward raises, hangs, or returns the wrong thing.
         """
-        prompts = [self._encoder.encode(sample["prompt"]) for sample in samples]
+        prompts = [self._encoder.encode_row(sample) for sample in samples]
         completions = self._engine.generate(prompts, sampling, policy_version=policy_version)
         groups = [
             Group(sample, prompt, found, texts=self._tokenizer.batch_decode([c.token_ids for c in found], skip_special_tokens=True))
@@ -47,7 +47,7 @@ class Rollouts:
     def _score(self, groups: list[Group]) -> None:
         """Score all completions of all groups in one call per reward function, as batched rewards want it."""
         rows = [(group, i) for group in groups for i in range(len(group.completions))]
-        columns = {name: [group.sample[name] for group, _ in rows] for name in groups[0].sample if name != "prompt"}
+        columns = {name: [group.sample[name] for group, _ in rows] for name in groups[0].sample if name not in ("prompt", PROMPT_IDS)}
         table = self._rewards.score(
             prompts=[group.sample["prompt"] for group, _ in rows],
             completions=[group.texts[i] for group, i in rows],

@@ -76,4 +76,4 @@ def build_run(config: PodConfig) -> Run:
     )
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)
-    return Run(trainer=trainer, stop=stop, held_out=held_out_prompts(config.prompts)[: arguments.eval_prompts])
+    return Run(trainer=trainer, stop=stop, held_out=list(held_out_prompts(config.prompts)[: arguments.eval_prompts]))

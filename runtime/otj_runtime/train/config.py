@@ -39,7 +39,13 @@ class OnlineConfig(TrainingArguments):
     )
     num_iterations: int = field(default=1, metadata={"help": "Times each generation is trained on."})
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt, in tokens; longer ones are refused before training."}
+        default=None, metadata={"help": "Longest prompt, in tokens; overlong_prompts says what becomes of longer ones."}
+    )
+    overlong_prompts: str = field(
+        default="refuse", metadata={"help": "What becomes of prompts that are too long: refuse them before training, or drop them."}
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Further arguments of the tokenizer's chat template, such as enable_thinking."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; the trainer divides logits by it, too."})

@@ -7,11 +7,19 @@ a generation finds its prompts at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader, Sampler
+
+from otj_runtime.data.load import Prompts, Stream, prompts_of
+from otj_runtime.data.prepare import LengthRule, StreamedPrompts, TokenizedPrompts, prepare
+from otj_runtime.data.tokenize import PromptEncoder
+from otj_runtime.pod.errors import InvalidSpec
+from otj_runtime.train.config import OnlineConfig
 
 
 class PromptOrder(Sampler[list[int]]):
@@ -51,15 +59,15 @@ class PromptOrder(Sampler[list[int]]):
         step = self._per_rank * self._ranks
         for generation in range(self.generations):
             first = generation * step + self._rank * self._per_rank
-            indices = [order[(first + i) % self._size] for i in range(self._per_rank)]
+            indices = [int(order[(first + i) % self._size]) for i in range(self._per_rank)]
             for _ in range(self._repeats):
                 yield indices
 
-    def _order(self) -> list[int]:
+    def _order(self) -> Sequence[int] | torch.Tensor:
         if self._seed is None:
-            return list(range(self._size))
+            return range(self._size)
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return torch.randperm(self._size, generator=generator).tolist()
+        return torch.randperm(self._size, generator=generator)  # a list of as many numbers would take four times the memory
 
 
 class PromptLoader(DataLoader[list[dict[str, Any]]]):
@@ -72,3 +80,45 @@ class PromptLoader(DataLoader[list[dict[str, Any]]]):
     def set_epoch(self, epoch: int) -> None:
         """transformers calls this before each pass."""
         self._prompt_order.set_epoch(epoch)
+
+
+def prepare_prompts(
+    dataset: Any, encoder: PromptEncoder, *, args: OnlineConfig, max_tokens: int | None
+) -> TokenizedPrompts | StreamedPrompts:
+    """`dataset` encoded once for all ranks of the node, and rows of more than `max_tokens` refused or dropped. Collective.
+
+    Args:
+        dataset: what `load_prompts` returned, or what a script gives: a dataset of `datasets`, streaming or not, or a list of rows.
+
+    Raises:
+        DatasetInvalid: see `prepare`.
+        InvalidSpec: if the dataset is a stream and nothing says how long to train.
+    """
+    prompts = dataset if isinstance(dataset, Prompts | Stream) else prompts_of(dataset, seed=args.seed)
+    if isinstance(prompts, Stream) and args.max_steps <= 0:
+        raise InvalidSpec("training.max_steps: a streaming dataset has no length; say how many steps to train")
+    if args.overlong_prompts not in ("refuse", "drop"):
+        raise InvalidSpec(f"training.overlong_prompts: {args.overlong_prompts!r} is unknown; use refuse or drop")
+    state = PartialState()
+    return prepare(
+        prompts,
+        encoder,
+        LengthRule(max_tokens=max_tokens, overlong="drop" if args.overlong_prompts == "drop" else "refuse"),
+        folder=Path(str(args.output_dir)) / ".cache" / "prompts" if state.num_processes > 1 else None,
+        writes=state.is_local_main_process,
+        wait=state.wait_for_everyone,
+    )
+
+
+def prompt_loader(prompts: Any, *, args: OnlineConfig, rank: int, ranks: int) -> PromptLoader:
+    """The loader of one rank. A stream is shuffled where it is read, and its order is its own."""
+    shuffled = args.shuffle_dataset and not isinstance(prompts, StreamedPrompts)
+    order = PromptOrder(
+        size=len(prompts),
+        per_rank=args.prompts_per_rank,
+        repeats=args.micro_batches_per_generation,
+        rank=rank,
+        ranks=ranks,
+        seed=args.seed if shuffled else None,
+    )
+    return PromptLoader(prompts, order)

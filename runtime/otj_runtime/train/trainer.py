@@ -28,7 +28,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from otj_runtime.api import Algorithm
-from otj_runtime.data.tokenize import PromptEncoder
+from otj_runtime.data.tokenize import PROMPT_IDS, PromptEncoder
 from otj_runtime.rewards import Rewards, build_rewards
 from otj_runtime.rollout.collect import Rollouts
 from otj_runtime.rollout.transformers_engine import TransformersEngine
@@ -50,7 +50,7 @@ from otj_runtime.train.loading import (
 )
 from otj_runtime.train.logprobs import Scorer, Scores
 from otj_runtime.train.meters import Meters
-from otj_runtime.train.prompts import PromptLoader, PromptOrder
+from otj_runtime.train.prompts import PromptLoader, prepare_prompts, prompt_loader
 from otj_runtime.train.report import Reporter
 from otj_runtime.train.sampling import Sampler, Weights
 from otj_runtime.weights.ranks import Ranks
@@ -118,8 +118,8 @@ class OnlineTrainer(Trainer):
             switch_off_dropout(policy)
         if peft_config is not None:
             policy = with_adapter(policy, peft_config)
-        encoder = PromptEncoder(tokenizer)
-        encoder.check_lengths(train_dataset, max_tokens=prompt_limit(args, policy.config))
+        encoder = PromptEncoder(tokenizer, template_kwargs=args.chat_template_kwargs)
+        train_dataset = prepare_prompts(train_dataset, encoder, args=args, max_tokens=prompt_limit(args, policy.config))
         self.reporter = Reporter(output=Path(str(args.output_dir)), world_size=args.world_size)
         super().__init__(
             model=policy,
@@ -164,7 +164,7 @@ class OnlineTrainer(Trainer):
             generator, failure = self._start_child(plan, policy, encoder.tokenizer)
         if generator is None:
             return TransformersEngine(policy, pad_id=self._pad_id, eos_ids=ends), None
-        prompts = (encoder.encode(self._prompts[index]["prompt"]) for index in range(len(self._prompts)))
+        prompts = (row[PROMPT_IDS] for row in self._prompts)
         connection = connect(generator, model=policy, end_tokens=ends, prompts=prompts, failure=failure)
         return connection.engine, connection.weights
 
@@ -208,15 +208,8 @@ class OnlineTrainer(Trainer):
 
     def get_train_dataloader(self) -> PromptLoader:
         """Prompts of this rank, one item per micro-batch."""
-        order = PromptOrder(
-            size=len(self._prompts),
-            per_rank=self.config.prompts_per_rank,
-            repeats=self.config.micro_batches_per_generation,
-            rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes,
-            seed=self.config.seed if self.config.shuffle_dataset else None,
-        )
-        return PromptLoader(self._prompts, order)
+        accelerator = self.accelerator
+        return prompt_loader(self._prompts, args=self.config, rank=accelerator.process_index, ranks=accelerator.num_processes)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otj_runtime.api.inputs import DatasetSpec
-from otj_runtime.data.load import held_out_prompts, load_prompts, read_jsonl
+from otj_runtime.data.jsonl import JsonLines
+from otj_runtime.data.load import Stream, held_out_prompts, load_prompts
 from otj_runtime.pod.errors import DatasetInvalid
 
 ROWS = [{"prompt": "one", "answer": "1"}, {"prompt": "two", "answer": "2"}]
@@ -42,6 +43,11 @@ def save_parquet(folder: Path) -> None:
     datasets.Dataset.from_list(ROWS).to_parquet(folder / "train.parquet")
 
 
+def save_csv(folder: Path) -> None:
+    folder.mkdir()
+    datasets.Dataset.from_list(ROWS).to_csv(folder / "train.csv")
+
+
 def save_jsonl(folder: Path) -> None:
     write_jsonl(folder / "train.jsonl", ROWS)
 
@@ -50,6 +56,37 @@ def save_jsonl(folder: Path) -> None:
 def test_a_folder_that_datasets_knows_is_loaded(save: Any, tmp_path: Path) -> None:
     save(tmp_path / "data")
     assert load_prompts(DatasetSpec(path=str(tmp_path / "data")), seed=0)[:] == ROWS
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.csv", "train.jsonl"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_single_file_is_loaded_and_streamed(name: str, streaming: bool, tmp_path: Path) -> None:
+    {"train.parquet": save_parquet, "train.csv": save_csv, "train.jsonl": save_jsonl}[name](tmp_path / "data")
+    found = load_prompts(DatasetSpec(path=str(tmp_path / "data" / name), streaming=streaming), seed=0)
+    rows = list(found.open(0)) if isinstance(found, Stream) else found[:]
+    assert sorted((row["prompt"], str(row["answer"])) for row in rows) == sorted((row["prompt"], row["answer"]) for row in ROWS)
+
+
+def test_a_saved_dataset_can_be_streamed_with_its_columns_renamed(tmp_path: Path) -> None:
+    save_splits(tmp_path / "data")
+    spec = DatasetSpec(path=str(tmp_path / "data"), streaming=True, columns={"truth": "answer"})
+    found = load_prompts(spec, seed=0)
+    assert isinstance(found, Stream)
+    assert {frozenset(row) for row in found.open(0)} == {frozenset({"prompt", "truth"})}
+    with pytest.raises(DatasetInvalid, match="no column nothing"):
+        load_prompts(DatasetSpec(path=str(tmp_path / "data"), streaming=True, columns={"truth": "nothing"}), seed=0)
+
+
+def test_the_eval_split_is_held_out(tmp_path: Path) -> None:
+    save_parquet(tmp_path / "data")
+    datasets.Dataset.from_list(ROWS[:1]).to_parquet(tmp_path / "data" / "test.parquet")
+    assert held_out_prompts(DatasetSpec(path=str(tmp_path / "data"), eval_split="test"))[:] == ROWS[:1]
+
+
+def test_of_a_large_jsonl_file_the_first_rows_can_be_checked_alone(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\nbroken\n')
+    assert len(load_prompts(DatasetSpec(path=str(path)), seed=0, limit=2)) == 2  # type: ignore[arg-type]
 
 
 def test_a_jsonl_file_is_loaded(tmp_path: Path) -> None:
@@ -105,25 +142,25 @@ def test_held_out_prompts_come_with_tasks_only(tmp_path: Path) -> None:
 def test_blank_lines_and_a_byte_order_mark_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}')
-    assert read_jsonl(path) == [{"prompt": "a"}, {"prompt": "b"}]
+    assert list(JsonLines(path)) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
 def test_a_column_that_a_line_lacks_is_none_there(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}, {"prompt": "b", "answer": 1}])
-    assert read_jsonl(path) == [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": 1}]
+    assert list(JsonLines(path)) == [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": 1}]
 
 
 @given(texts=st.lists(st.text(), min_size=1))
 def test_any_text_survives_a_jsonl_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "train.jsonl"
     path.write_bytes("".join(json.dumps({"prompt": text}, ensure_ascii=True) + "\n" for text in texts).encode())
-    assert [row["prompt"] for row in read_jsonl(path)] == texts
+    assert [row["prompt"] for row in JsonLines(path)] == texts
 
 
 def test_separators_inside_strings_do_not_end_a_line(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "a\u2028b\u0085c"}\n')
-    assert read_jsonl(path) == [{"prompt": "a\u2028b\u0085c"}]
+    assert list(JsonLines(path)) == [{"prompt": "a\u2028b\u0085c"}]
 
 
 @pytest.mark.parametrize(

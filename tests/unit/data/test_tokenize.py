@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -88,31 +89,44 @@ def test_a_tasks_prompt_is_a_beginning_its_symbols_and_the_separator(task: str, 
 )
 def test_a_prompt_that_cannot_be_encoded_is_refused_with_its_sample(prompt: Any, words: str, tiny: PromptEncoder) -> None:
     with pytest.raises(DatasetInvalid, match=f"sample 1: .*{words}"):
-        tiny.check_lengths(rows("abcd=", prompt), max_tokens=None)
+        tiny.encode_rows(rows("abcd=", prompt))
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
     silent = byte_tokenizer()
     silent.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     with pytest.raises(DatasetInvalid, match="sample 0: prompt '' has no tokens"):
-        PromptEncoder(silent).check_lengths(rows(""), max_tokens=None)
+        PromptEncoder(silent).encode_rows(rows(""))
 
 
 def test_a_template_that_refuses_a_role_is_quoted() -> None:
     strict = byte_tokenizer("{{ raise_exception('no system messages here') }}")
     with pytest.raises(DatasetInvalid, match=r"sample 0: .*no system messages here"):
-        PromptEncoder(strict).check_lengths(rows([{"role": "system", "content": "x"}]), max_tokens=None)
+        PromptEncoder(strict).encode_rows(rows([{"role": "system", "content": "x"}]))
 
 
-def test_prompts_as_long_as_the_limit_pass(tiny: PromptEncoder) -> None:
-    tiny.check_lengths(rows("abcd=", "ab="), max_tokens=6)
+@given(texts=st.lists(st.text().filter(lambda text: "<s>" not in text), min_size=1, max_size=5))
+def test_rows_encoded_together_are_the_rows_encoded_alone(texts: list[str]) -> None:
+    encoder = PromptEncoder(CHAT)
+    mixed = [text if i % 2 else [{"role": "user", "content": text}] for i, text in enumerate(texts)]
+    assert encoder.encode_rows(rows(*mixed)) == [encoder.encode(prompt) for prompt in mixed]
 
 
-def test_a_prompt_that_is_too_long_is_refused_with_its_length_and_the_limit(tiny: PromptEncoder) -> None:
-    with pytest.raises(DatasetInvalid, match="sample 1: its prompt has 7 tokens, the limit is 6"):
-        tiny.check_lengths(rows("abcd=", "abcde=", "abcdef="), max_tokens=6)
+def test_an_assistant_that_has_begun_goes_on() -> None:
+    template = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    goes_on = byte_tokenizer(template)
+    ids = PromptEncoder(goes_on).encode([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}])
+    assert goes_on.decode(ids, clean_up_tokenization_spaces=False) == "<user>hi\n<assistant>so"
 
 
-def test_a_limit_that_leaves_no_room_for_any_prompt_is_refused(tiny: PromptEncoder) -> None:
-    with pytest.raises(DatasetInvalid, match=r"no prompt fits.*maxModelLen leaves -4 tokens"):
-        tiny.check_lengths(rows("a="), max_tokens=-4)
+def test_the_template_gets_the_runs_arguments_the_rows_and_its_tools() -> None:
+    spoken = byte_tokenizer("{{ style }}{{ depth }}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}")
+    encoder = PromptEncoder(spoken, template_kwargs={"style": "plain", "depth": 1})
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    row = {"prompt": [{"role": "user", "content": "hi"}], "tools": json.dumps(tools), "chat_template_kwargs": {"depth": 2}}
+    assert spoken.decode(encoder.encode_row(row), clean_up_tokenization_spaces=False) == "plain2look"
+    assert encoder.encode_row(row) == encoder.encode_row(row | {"tools": tools})
+
+
+def test_a_prepared_row_is_not_encoded_again() -> None:
+    assert PromptEncoder(BYTES).encode_row({"prompt": "hello", "prompt_ids": [1, 2]}) == [1, 2]
