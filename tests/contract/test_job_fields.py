@@ -45,6 +45,7 @@ EVERYTHING: Object = {
         "extraArgs": ["--seed", "7"],
         "readyTimeoutSeconds": 77,
     },
+    "rollout": {"staleness": 2, "stragglerFactor": 3},
     "training": {"learning_rate": 1e-6, "max_steps": 20, "beta": 0.2},
     "accelerate": {"mixedPrecision": "bf16", "strategy": "fsdp2", "config": {"fsdp_offload_params": True}},
     "image": "registry.example/runtime@sha256:1",
@@ -131,6 +132,7 @@ def test_the_generators_settings_are_vllms_arguments(containers: dict[str, Objec
     expected = {
         "--dtype": "float16",
         "--tensor-parallel-size": "1",
+        "--data-parallel-size": "2",
         "--gpu-memory-utilization": "0.7",
         "--max-model-len": "4096",
         "--seed": "7",
@@ -142,7 +144,7 @@ def test_the_generators_settings_are_vllms_arguments(containers: dict[str, Objec
 def test_what_the_launcher_must_know_is_in_its_configuration(containers: dict[str, Object]) -> None:
     environment = {e["name"]: e.get("value") for e in containers["trainer"]["env"]}
     config = json.loads(environment["OTJ_CONFIG"])
-    for name in ("algorithm", "training", "accelerate", "rewards"):
+    for name in ("algorithm", "training", "accelerate", "rollout", "rewards"):
         assert config[name] == EVERYTHING[name]
     assert config["dataset"] == {"path": "/data/prompts.jsonl", "split": "test", "columns": {"prompt": "question"}, "args": {}}
     expected = {

@@ -102,6 +102,29 @@ class GenerationSpec(ApiModel):
         ),
     )
 
+    @property
+    def engines(self) -> int:
+        """Copies of the model: independent engines behind one server, each on `tensor_parallel_size` accelerators."""
+        return self.gpus // (self.tensor_parallel_size or self.gpus)
+
+
+class RolloutSpec(ApiModel):
+    """How sampling and training overlap."""
+
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Batches that are sampled ahead of the one trained on. 0 samples, then trains; 1 samples the next batch while it "
+        "trains, from weights that are one version older. Default: 0.",
+    )
+    straggler_factor: float | None = Field(
+        None,
+        ge=1,
+        description="Drop the prompts of a batch that take this many times longer than three quarters of it did; at least 1. "
+        "Default: every prompt is finished.",
+    )
+
 
 class AccelerateSpec(ApiModel):
     """How `accelerate launch` runs the training ranks."""
@@ -182,6 +205,7 @@ class OnlineTrainingJobSpec(ApiModel):
     )
     nodes: int = Field(1, ge=1, le=1, description="Pods of the job, each with `gpus` accelerators. This version runs one. Default: 1.")
     generation: GenerationSpec = Field(default_factory=GenerationSpec, description="The generator and its share of the accelerators.")
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="How sampling and training overlap.")
     training: dict[str, Any] = Field(default_factory=dict, description="Arguments of GRPOConfig or OnlineDPOConfig by their Python names.")
     trainer: TrainerSpec | None = Field(
         None, description="A training script of your own, such as one for TRL's GRPOTrainer. Default: the built-in trainer of `algorithm`."

@@ -36,6 +36,8 @@ RESERVED = {
     "vllm_dtype": "spec.generation.dtype",
     "vllm_max_model_len": "spec.generation.maxModelLen",
     "vllm_enable_prefix_caching": "spec.generation.enablePrefixCaching",
+    "staleness": "spec.rollout.staleness",
+    "straggler_factor": "spec.rollout.stragglerFactor",
     "reward_weights": "spec.rewards[].weight",
     "model_init_kwargs": "spec.model",
 }

@@ -5,15 +5,20 @@ The generator is vLLM's own server: no wrapper, so that `kubectl describe` shows
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 from otj_runtime.api import Device, DType, OnlineTrainingJob
 from otj_runtime.api.spec import GenerationSpec
+from otj_runtime.api.training import completions_per_rank
 from otj_runtime.pod.config import CONFIG_ENV, PodConfig
 from otj_runtime.pod.names import SERVED_MODEL, STATUS_ROUTE
 
 PYTHON = "python"
+
+MAX_SEQUENCES = 1024
+"""Most sequences that one engine decodes at once; more of them wait."""
 
 WEIGHT_TRANSFER = '{"backend": "otj_mailbox"}'
 
@@ -41,17 +46,37 @@ def trainer_command() -> list[str]:
 def generator_command(job: OnlineTrainingJob, config: PodConfig) -> list[str]:
     """The generator container's process."""
     return server_command(
-        job.spec.generation, model=config.model_path, url=config.generator_url, dtype=config.generator_dtype, device=config.device
+        job.spec.generation,
+        model=config.model_path,
+        url=config.generator_url,
+        dtype=config.generator_dtype,
+        device=config.device,
+        sequences=sequences_at_once(job),
     )
 
 
-def server_command(generation: GenerationSpec, *, model: str, url: str, dtype: DType, device: Device) -> list[str]:
+def sequences_at_once(job: OnlineTrainingJob) -> int | None:
+    """Completions that one engine of the generator has under way at most; None if a script of the user's own decides that."""
+    spec = job.spec
+    if spec.trainer is not None:
+        return None
+    batch = spec.training_ranks * completions_per_rank(algorithm=spec.algorithm, arguments=spec.training)
+    return min(MAX_SEQUENCES, math.ceil(batch * (1 + spec.rollout.staleness) / spec.generation.engines))
+
+
+def server_command(
+    generation: GenerationSpec, *, model: str, url: str, dtype: DType, device: Device, sequences: int | None = None
+) -> list[str]:
     """vLLM's server. It starts with dummy weights, because the first sync brings all of them.
+
+    Several engines are vLLM's own data parallelism: one server in front of them, which hands every weight call to all of them.
 
     Args:
         model: folder of the model: its configuration and tokenizer.
         url: where to listen, http://host:port.
         dtype: what to compute in.
+        sequences: most completions that one engine has under way: it sizes vLLM's tables, and the CUDA graphs that it records at
+            start, by it. Default: vLLM's own guess.
     """
     host, port = url.removeprefix("http://").rsplit(":", 1)
     command = [
@@ -63,6 +88,10 @@ def server_command(generation: GenerationSpec, *, model: str, url: str, dtype: D
         *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"),
         "--enable-prefix-caching" if generation.enable_prefix_caching else "--no-enable-prefix-caching",
     ]
+    if generation.engines > 1:
+        command += ["--data-parallel-size", str(generation.engines)]
+    if sequences is not None and device is Device.CUDA:
+        command += ["--max-num-seqs", str(max(sequences, generation.tensor_parallel_size or generation.gpus))]
     if generation.max_model_len is not None:
         command += ["--max-model-len", str(generation.max_model_len)]
     if device is Device.CUDA:

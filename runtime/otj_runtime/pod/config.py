@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from otj_runtime.api import Algorithm, ApiModel, Device, DType, OnlineTrainingJob
 from otj_runtime.api.inputs import DatasetSpec, RewardSpec
-from otj_runtime.api.spec import AccelerateSpec
+from otj_runtime.api.spec import AccelerateSpec, RolloutSpec
 from otj_runtime.pod.errors import InvalidSpec
 
 CONFIG_ENV = "OTJ_CONFIG"
@@ -49,9 +49,11 @@ class PodConfig(ApiModel):
     training: dict[str, Any]
     script: list[str] = Field(default_factory=list, description="The user's own script and its arguments; empty for the built-in trainer.")
     accelerate: AccelerateSpec
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec)
     device: Device
     training_ranks: int
     generator_gpus: int
+    generator_engines: int = Field(1, description="Copies of the model in the generator, each on tensorParallelSize accelerators.")
     generator_dtype: DType
     generator_url: str
     generator_max_model_len: int | None = None
@@ -109,9 +111,11 @@ def resolve(job: OnlineTrainingJob, layout: Layout = Layout(), *, output: str | 
         training=spec.training,
         script=[] if spec.trainer is None else spec.trainer.command[1:],
         accelerate=spec.accelerate,
+        rollout=spec.rollout,
         device=spec.accelerator.device,
         training_ranks=spec.training_ranks,
         generator_gpus=spec.generation.gpus,
+        generator_engines=spec.generation.engines,
         generator_dtype=spec.generator_dtype,
         generator_url=f"http://{layout.host}:{layout.generator_port}",
         generator_max_model_len=spec.generation.max_model_len,

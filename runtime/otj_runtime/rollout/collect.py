@@ -1,9 +1,16 @@
-"""One rank's rollouts: rows of the dataset -> prompt token ids -> completions -> rewards -> groups."""
+"""One rank's rollouts: rows of the dataset -> prompt token ids -> completions -> rewards -> groups.
+
+`collect` does it and returns. `start` does it in a thread of its own, off the trainer's critical path, so that several batches can
+be under way; tokenizer and rewards are shared, and used by one batch at a time. The thread is a daemon: nothing in it, not even a
+reward that hangs, keeps the process from ending.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from otj_runtime.data.tokenize import PROMPT_IDS, PromptEncoder
@@ -27,21 +34,54 @@ class Rollouts:
         self._encoder = encoder
         self._rewards = rewards
         self._tokenizer = tokenizer
+        self._tokenizer_lock = threading.Lock()  # a fast tokenizer raises "Already borrowed" when two threads use it
+        self._rewards_lock = threading.Lock()  # authors of rewards do not expect to be called for two batches at once
+
+    def start(self, samples: list[dict[str, Any]], sampling: Sampling, *, policy_version: int) -> Future[list[Group]]:
+        """`collect` in the background; the future holds what it returns or raises. It is done at once if the engine shares the
+        trainer's model, which cannot sample while it learns."""
+        future: Future[list[Group]] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self.collect(samples, sampling, policy_version=policy_version))
+            except BaseException as error:
+                future.set_exception(error)
+
+        if self._engine.shares_model:
+            work()
+        else:
+            threading.Thread(target=work, name=f"rollouts of version {policy_version}", daemon=True).start()
+        return future
+
+    def busy_seconds(self) -> float:
+        """Seconds in which anything of this rank's was being generated."""
+        return self._engine.busy_seconds()
+
+    def cancel(self) -> None:
+        """Call off what was started; its futures raise `Cancelled`."""
+        self._engine.cancel()
 
     def collect(self, samples: list[dict[str, Any]], sampling: Sampling, *, policy_version: int) -> list[Group]:
-        """A scored group per sample, sampled from the weights of `policy_version`.
+        """A scored group per sample, sampled from the weights of `policy_version` or later ones that arrived meanwhile. Groups that
+        were dropped as stragglers are left out.
 
         Raises:
+            Cancelled: if `cancel` was called meanwhile.
             GeneratorLost: if the generator does not come back.
             RewardFailed: if a reward raises, hangs, or returns the wrong thing.
         """
-        prompts = [self._encoder.encode_row(sample) for sample in samples]
+        with self._tokenizer_lock:
+            prompts = [self._encoder.encode_row(sample) for sample in samples]
         completions = self._engine.generate(prompts, sampling, policy_version=policy_version)
-        groups = [
-            Group(sample, prompt, found, texts=self._tokenizer.batch_decode([c.token_ids for c in found], skip_special_tokens=True))
-            for sample, prompt, found in zip(samples, prompts, completions, strict=True)
-        ]
-        self._score(groups)
+        with self._tokenizer_lock:
+            groups = [
+                Group(sample, prompt, found, texts=self._tokenizer.batch_decode([c.token_ids for c in found], skip_special_tokens=True))
+                for sample, prompt, found in zip(samples, prompts, completions, strict=True)
+                if found
+            ]
+        with self._rewards_lock:
+            self._score(groups)
         return groups
 
     def _score(self, groups: list[Group]) -> None:

@@ -1,8 +1,10 @@
 """Completions from the training model itself, by transformers' `generate`: the baseline that vLLM is compared with, and the way
-to train where no generator runs. The policy is always current, so there is nothing to sync."""
+to train where no generator runs. The policy is always current, so there is nothing to sync, and nothing to overlap: the model that
+samples is the model that learns."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -19,14 +21,25 @@ class TransformersEngine:
         eos_ids: tokens that end a completion.
     """
 
+    shares_model = True
+
     def __init__(self, model: Any, *, pad_id: int, eos_ids: set[int]) -> None:
         self._model = model
         self._pad_id = pad_id
         self._eos_ids = eos_ids
+        self._busy = 0.0
+
+    def busy_seconds(self) -> float:
+        """See `RolloutEngine`."""
+        return self._busy
+
+    def cancel(self) -> None:
+        """See `RolloutEngine`: nothing is ever under way while something else happens."""
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, policy_version: int) -> list[list[Completion]]:
         """See `RolloutEngine`."""
+        began = time.monotonic()
         rows = [prompt for prompt in prompts for _ in range(sampling.count)]
         width = max(len(row) for row in rows)
         device = self._model.device
@@ -52,6 +65,7 @@ class TransformersEngine:
         new = output.sequences[:, width:]
         logprobs = torch.log_softmax(logits, dim=-1).gather(-1, new[..., None])[..., 0]
         completions = [self._cut(new[i].tolist(), logprobs[i].tolist(), policy_version) for i in range(len(rows))]
+        self._busy += time.monotonic() - began
         return [completions[i : i + sampling.count] for i in range(0, len(rows), sampling.count)]
 
     def _cut(self, tokens: list[int], logprobs: list[float], version: int) -> Completion:

@@ -6,14 +6,20 @@ log-probabilities and the weight versions that produced the tokens:
     rank --POST /inference/v1/generate {token_ids, n, ...}--> vLLM
          <-- choices: token_ids, logprobs, weight_versions ---
 
+Several batches may be under way, each in a thread of its own with its own event loop. Weights may arrive meanwhile: vLLM freezes
+the requests, installs, and goes on, so a completion may hold tokens of several versions; each token keeps the log-probability that
+its own sampler gave it. What a batch is asked for under version v may be answered with v or later, never earlier.
+
 A dead generator costs no step. It restarts in place with dummy weights, so two things are checked: a request whose connection
-breaks is asked again once the generator serves the expected version, and an answer that carries another version is thrown
-away and asked again. Who brings the weights back is not this module's business: `recover` does it and returns when it is done.
+breaks is asked again once the generator serves the trainer's weights, and an answer from any other weights is thrown away and
+asked again. Who brings the weights back is not this module's business: `recover` does it and returns when it is done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +27,9 @@ import aiohttp
 
 from otj_runtime.pod.errors import GeneratorLost
 from otj_runtime.pod.names import SERVED_MODEL
-from otj_runtime.rollout.types import Completion, Sampling
+from otj_runtime.rollout.load import Load
+from otj_runtime.rollout.stragglers import patience
+from otj_runtime.rollout.types import Cancelled, Completion, Sampling, Span
 
 REQUEST_SECONDS = 1800.0
 """Deadline of one request: the longest completion of a large model, with room."""
@@ -31,6 +39,9 @@ MAX_RECOVERIES = 5
 
 Recover = Callable[[], None]
 """Returns when the generator serves the current policy version again; raises if it does not in time."""
+
+ENGINE_HEADER = "X-data-parallel-rank"
+"""Names the engine of a data-parallel server that a request goes to."""
 
 _FINAL_ONLY = 2  # vLLM's RequestOutputKind: with n > 1 the default drops completions
 
@@ -45,29 +56,62 @@ class VLLMEngine:
     Args:
         url: the server, such as http://127.0.0.1:8000.
         end_tokens: tokens that end a completion; they are part of it.
-        recover: see `Recover`.
+        recover: see `Recover`. May be called from several threads.
+        engines: copies of the model behind the server.
     """
 
-    def __init__(self, url: str, *, end_tokens: set[int], recover: Recover) -> None:
+    shares_model = False
+
+    def __init__(self, url: str, *, end_tokens: set[int], recover: Recover, engines: int = 1) -> None:
         self._url = url
         self._end_tokens = sorted(end_tokens)
         self._recover = recover
+        self._engines = engines
+        self._load = Load(engines)
+        self._under_way: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
+        self._lock = threading.Lock()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, policy_version: int) -> list[list[Completion]]:
         """See `RolloutEngine`.
 
         Raises:
             GeneratorLost: if the generator keeps failing, or refuses a request.
+            Cancelled: if `cancel` was called meanwhile.
         """
-        return asyncio.run(self._generate(prompts, sampling, policy_version))
+        try:
+            return asyncio.run(self._generate(prompts, sampling, policy_version))
+        except asyncio.CancelledError as error:
+            raise Cancelled(f"rollouts of policy version {policy_version} were called off") from error
+
+    def busy_seconds(self) -> float:
+        """See `RolloutEngine`."""
+        return self._load.busy_seconds()
+
+    def cancel(self) -> None:
+        """See `RolloutEngine`. Closing its connection makes vLLM drop a request."""
+        with self._lock:
+            for loop, task in self._under_way:
+                loop.call_soon_threadsafe(task.cancel)
 
     async def _generate(self, prompts: list[list[int]], sampling: Sampling, version: int) -> list[list[Completion]]:
+        task = asyncio.current_task()
+        assert task is not None
+        entry = (asyncio.get_running_loop(), task)
+        with self._lock:
+            self._under_way.add(entry)
+        try:
+            return await self._persist(prompts, sampling, version)
+        finally:
+            with self._lock:
+                self._under_way.discard(entry)
+
+    async def _persist(self, prompts: list[list[int]], sampling: Sampling, version: int) -> list[list[Completion]]:
         done: dict[int, list[Completion]] = {}
         for attempt in range(MAX_RECOVERIES + 1):
             missing = [i for i in range(len(prompts)) if i not in done]
             failure = await self._ask(prompts, missing, sampling, version, done)
             if failure is None:
-                return [done[i] for i in range(len(prompts))]
+                return [done.get(i, []) for i in range(len(prompts))]
             if attempt == MAX_RECOVERIES:
                 raise GeneratorLost(f"the generator failed {attempt + 1} times on the rollouts of policy version {version}: {failure}")
             await asyncio.to_thread(self._recover)
@@ -76,30 +120,48 @@ class VLLMEngine:
     async def _ask(
         self, prompts: list[list[int]], missing: list[int], sampling: Sampling, version: int, done: dict[int, list[Completion]]
     ) -> Exception | None:
-        """Ask for the missing prompts at once, fill `done`, and return one of the failures that recovery can cure."""
-        timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS, connect=30)
-        async with aiohttp.ClientSession(self._url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-            answers = await asyncio.gather(
-                *(self._complete(session, prompts[i], sampling, version) for i in missing), return_exceptions=True
-            )
+        """Ask for the missing prompts at once, fill `done`, and return one of the failures that recovery can cure. Stragglers are
+        dropped: they are missing from `done` although there is no failure."""
+        began = time.monotonic()
+        durations: list[float] = []
         failure: Exception | None = None
-        for index, answer in zip(missing, answers, strict=True):
-            if isinstance(answer, list):
-                done[index] = answer
-            elif isinstance(answer, (aiohttp.ClientError, TimeoutError, OSError, StaleAnswer)):
-                failure = answer
-            else:
-                raise answer
+        async with self._session() as session:
+            waiting = {asyncio.create_task(self._complete(session, prompts[i], sampling, version)): i for i in missing}
+            try:
+                while waiting:
+                    limit = None if failure else patience(durations, groups=len(missing), factor=sampling.straggler_factor)
+                    left = None if limit is None else max(0.0, began + limit - time.monotonic())
+                    finished, _ = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                    if not finished:
+                        break
+                    for task in finished:
+                        index = waiting.pop(task)
+                        try:
+                            done[index] = task.result()
+                            durations.append(time.monotonic() - began)
+                        except (aiohttp.ClientError, TimeoutError, OSError, StaleAnswer) as error:
+                            failure = error
+            finally:
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
         return failure
 
+    def _session(self) -> aiohttp.ClientSession:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS, connect=30)
+        return aiohttp.ClientSession(self._url, timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+
     async def _complete(self, session: aiohttp.ClientSession, prompt: list[int], sampling: Sampling, version: int) -> list[Completion]:
-        async with session.post("/inference/v1/generate", json=request_body(prompt, sampling, self._end_tokens)) as response:
-            if response.status in (400, 404, 422):
-                text = await response.text()
-                raise GeneratorLost(f"the generator refused a prompt of {len(prompt)} tokens ({response.status}): {text[:500]}")
-            response.raise_for_status()
-            body = await response.json()
-        return [parse_choice(choice, version) for choice in sorted(body["choices"], key=lambda choice: int(choice["index"]))]
+        with self._load.request(len(prompt) + sampling.count * sampling.max_tokens) as engine:
+            headers = {ENGINE_HEADER: str(engine)} if self._engines > 1 else None
+            body = request_body(prompt, sampling, self._end_tokens)
+            async with session.post("/inference/v1/generate", json=body, headers=headers) as response:
+                if response.status in (400, 404, 422):
+                    text = await response.text()
+                    raise GeneratorLost(f"the generator refused a prompt of {len(prompt)} tokens ({response.status}): {text[:500]}")
+                response.raise_for_status()
+                answer = await response.json()
+        return [parse_choice(choice, version) for choice in sorted(answer["choices"], key=lambda choice: int(choice["index"]))]
 
 
 def request_body(prompt: list[int], sampling: Sampling, end_tokens: list[int]) -> dict[str, Any]:
@@ -125,18 +187,21 @@ def request_body(prompt: list[int], sampling: Sampling, end_tokens: list[int]) -
 
 
 def parse_choice(choice: dict[str, Any], version: int) -> Completion:
-    """One choice of vLLM's answer.
+    """One choice of vLLM's answer to a request that was made under policy version `version`.
 
     Raises:
-        StaleAnswer: if any of its tokens came from other weights than those of `version`.
+        StaleAnswer: if any of its tokens came from weights that are not the trainer's, or older than `version`.
     """
-    versions = {str(span["version"]) for span in choice.get("weight_versions") or []}
-    if versions != {str(version)}:
-        raise StaleAnswer(f"expected tokens of policy version {version}, got {sorted(versions) or 'none stated'}")
+    stated = choice.get("weight_versions") or []
+    versions = [str(span["version"]) for span in stated]
+    if not versions or not all(name.isdigit() and int(name) >= version for name in versions):
+        raise StaleAnswer(f"expected tokens of policy version {version} or later, got {sorted(set(versions)) or 'none stated'}")
     content = choice["logprobs"]["content"]
+    spans = tuple(Span(int(span["version"]), int(span["start"]), int(span["end"])) for span in stated)
     return Completion(
         token_ids=[int(token) for token in choice["token_ids"]],
         logprobs=[float(entry["logprob"]) for entry in content],
         finished=choice["finish_reason"] == "stop",
-        policy_version=version,
+        policy_version=min(span.version for span in spans),
+        spans=spans if len(spans) > 1 else (),
     )

@@ -51,6 +51,8 @@ def build_arguments(config: PodConfig) -> OnlineConfig:
             vllm_dtype=config.generator_dtype,
             vllm_max_model_len=config.generator_max_model_len,
             model_init_kwargs={"dtype": config.model_dtype.value},
+            staleness=config.rollout.staleness,
+            straggler_factor=config.rollout.straggler_factor,
             disable_tqdm=True,
         )
     except (TypeError, ValueError) as error:

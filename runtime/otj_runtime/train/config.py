@@ -63,6 +63,15 @@ class OnlineConfig(TrainingArguments):
     num_completions_to_print: int = field(default=2, metadata={"help": "Completions shown with each log line."})
     eval_prompts: int = field(default=0, metadata={"help": "Held-out prompts answered greedily before and after training; 0 for none."})
 
+    staleness: int = field(
+        default=0,
+        metadata={"help": "Generations that are sampled ahead of the one trained on: 0 waits for each, 1 samples while it trains."},
+    )
+    straggler_factor: float | None = field(
+        default=None,
+        metadata={"help": "Drop prompts that take this many times longer than three quarters of their batch. Default: finish all."},
+    )
+
     use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM instead of transformers."})
     vllm_device: str = field(
         default="auto",
@@ -80,6 +89,10 @@ class OnlineConfig(TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
+        if self.staleness < 0:
+            raise ValueError(f"staleness: {self.staleness} is negative; 0 waits for each generation")
+        if self.straggler_factor is not None and self.straggler_factor < 1:
+            raise ValueError(f"straggler_factor: {self.straggler_factor} would drop prompts that are on time; use at least 1")
         if self.num_generations < 2:
             raise ValueError(f"num_generations: {self.num_generations} is too few; use at least 2")
         if self.completions_per_rank % self.num_generations:

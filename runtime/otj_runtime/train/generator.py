@@ -14,6 +14,7 @@ from typing import Any
 from otj_runtime.api import DType
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.rollout.vllm_engine import VLLMEngine
+from otj_runtime.train.sampling import Exclusive
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.sync import WeightSync
 
@@ -27,12 +28,14 @@ class Generator:
         mailbox: folder of the weights mailbox, in memory that both sides share.
         dtype: what it computes in.
         ready_timeout_s: how long it may take to start, in seconds.
+        engines: copies of the model behind it.
     """
 
     url: str
     mailbox: Path
     dtype: DType
     ready_timeout_s: float
+    engines: int = 1
 
 
 def pod_generator(config: PodConfig) -> Generator:
@@ -42,6 +45,7 @@ def pod_generator(config: PodConfig) -> Generator:
         mailbox=Path(config.mailbox),
         dtype=config.generator_dtype,
         ready_timeout_s=float(config.generator_ready_timeout_seconds),
+        engines=config.generator_engines,
     )
 
 
@@ -50,7 +54,7 @@ class Connection:
     """The two ways to a generator."""
 
     engine: VLLMEngine
-    weights: WeightSync
+    weights: Exclusive
 
 
 def connect(
@@ -77,5 +81,6 @@ def connect(
         ready_timeout_s=generator.ready_timeout_s,
         prompts=prompts,
     )
-    engine = VLLMEngine(generator.url, end_tokens=end_tokens, recover=weights.reinstall)
-    return Connection(engine=engine, weights=weights)
+    exclusive = Exclusive(weights, weights.reinstall)
+    engine = VLLMEngine(generator.url, end_tokens=end_tokens, recover=exclusive.recover, engines=generator.engines)
+    return Connection(engine=engine, weights=exclusive)

@@ -11,10 +11,10 @@ import torch
 SUMMED = frozenset({"num_tokens", "tokens_generated"})
 """Counters: summed over ranks and never reset, as TRL does with num_tokens."""
 
-LARGEST = ("/max", "/max_abs_logprob_diff", "/max_length")
+LARGEST = ("/max", "_max", "/max_abs_logprob_diff", "/max_length")
 """Endings of names whose largest value counts."""
 
-SMALLEST = ("/min",)
+SMALLEST = ("/min", "idle/generator")
 """Endings of names whose smallest value counts."""
 
 Number = float | torch.Tensor

@@ -1,8 +1,8 @@
 """Which prompts a rank trains on, and when: an order that the seed fixes and that a resumed run continues.
 
 transformers counts micro-batches and skips as many when it resumes, so the loader has one item per micro-batch. All micro-batches
-of one generation carry the same prompts; the trainer takes the first and ignores the rest, and a run that resumes in the middle of
-a generation finds its prompts at once.
+of one generation carry the same prompts. The loader only counts: which prompts to sample is asked by the number of the generation,
+because that may be ahead of what transformers has reached.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ class PromptOrder(Sampler[list[int]]):
     """
 
     def __init__(self, *, size: int, per_rank: int, repeats: int, rank: int, ranks: int, seed: int | None) -> None:
-        self._size = size
+        self.size = size
         self._per_rank = per_rank
         self._repeats = repeats
         self._rank = rank
         self._ranks = ranks
         self._seed = seed
         self._epoch = 0
+        self._shuffled: tuple[int, Sequence[int] | torch.Tensor] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of that pass over the dataset."""
@@ -49,32 +50,42 @@ class PromptOrder(Sampler[list[int]]):
     @property
     def generations(self) -> int:
         """Generations in one pass. A dataset smaller than one generation is repeated within it; a rest is left out."""
-        return max(1, self._size // (self._per_rank * self._ranks))
+        return max(1, self.size // (self._per_rank * self._ranks))
 
     def __len__(self) -> int:
         return self.generations * self._repeats
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        step = self._per_rank * self._ranks
         for generation in range(self.generations):
-            first = generation * step + self._rank * self._per_rank
-            indices = [int(order[(first + i) % self._size]) for i in range(self._per_rank)]
+            indices = self.of_generation(self._epoch * self.generations + generation)
             for _ in range(self._repeats):
                 yield indices
 
-    def _order(self) -> Sequence[int] | torch.Tensor:
+    def of_generation(self, number: int) -> list[int]:
+        """The prompts of this rank in generation `number`, counted from 0 through all epochs. It depends on nothing else, so it can be
+        asked ahead of time, and again after a restart."""
+        epoch, generation = divmod(number, self.generations)
+        order = self._order(epoch)
+        first = generation * self._per_rank * self._ranks + self._rank * self._per_rank
+        return [int(order[(first + i) % self.size]) for i in range(self._per_rank)]
+
+    def _order(self, epoch: int) -> Sequence[int] | torch.Tensor:
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = (epoch, self._shuffle(epoch))
+        return self._shuffled[1]
+
+    def _shuffle(self, epoch: int) -> Sequence[int] | torch.Tensor:
         if self._seed is None:
-            return range(self._size)
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return torch.randperm(self._size, generator=generator)  # a list of as many numbers would take four times the memory
+            return range(self.size)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        return torch.randperm(self.size, generator=generator)  # a list of as many numbers would take four times the memory
 
 
-class PromptLoader(DataLoader[list[dict[str, Any]]]):
-    """The loader over a `PromptOrder`; items are lists of dataset rows."""
+class PromptLoader(DataLoader[list[int]]):
+    """The loader over a `PromptOrder`; items are indices, because nobody reads them: transformers counts."""
 
-    def __init__(self, dataset: Any, order: PromptOrder) -> None:
-        super().__init__(dataset, batch_sampler=order, collate_fn=list)
+    def __init__(self, order: PromptOrder) -> None:
+        super().__init__(range(order.size), batch_sampler=order, collate_fn=list)  # type: ignore[arg-type]  # a range is a dataset
         self._prompt_order = order
 
     def set_epoch(self, epoch: int) -> None:
@@ -110,10 +121,10 @@ def prepare_prompts(
     )
 
 
-def prompt_loader(prompts: Any, *, args: OnlineConfig, rank: int, ranks: int) -> PromptLoader:
-    """The loader of one rank. A stream is shuffled where it is read, and its order is its own."""
+def prompt_order(prompts: Any, *, args: OnlineConfig, rank: int, ranks: int) -> PromptOrder:
+    """The order of one rank's prompts. A stream is shuffled where it is read, and its order is its own."""
     shuffled = args.shuffle_dataset and not isinstance(prompts, StreamedPrompts)
-    order = PromptOrder(
+    return PromptOrder(
         size=len(prompts),
         per_rank=args.prompts_per_rank,
         repeats=args.micro_batches_per_generation,
@@ -121,4 +132,3 @@ def prompt_loader(prompts: Any, *, args: OnlineConfig, rank: int, ranks: int) ->
         ranks=ranks,
         seed=args.seed if shuffled else None,
     )
-    return PromptLoader(prompts, order)

@@ -1,22 +1,27 @@
 """Where a rank's micro-batches come from: weights into the generator, prompts out to it, groups back, tensors to train on.
 
-    Sampler.next(samples, step)
-      -> weights.push(step)        the generator takes the current weights; the probe proves it
-      -> rollouts.collect(...)     this rank's prompts -> completions -> rewards
+    Sampler.next(step)
+      -> weights.push(step)        the generator takes the current weights; requests in flight go on with them
+      -> pipeline.fill(...)        asks for the generation of this step, and for `staleness` more
+      -> pipeline.take(...)        waits for this step's: prompts -> completions -> rewards, in the background
       -> build(groups)             the trainer's: what to train on, dealt out evenly, padded
       -> one micro-batch at a time, until the generation is used up
 
-`policy version` is the number of optimizer steps behind the weights: transformers' `global_step`.
+`policy version` is the number of optimizer steps behind the weights: transformers' `global_step`. Everything happens at the same
+step on every rank, whatever its own rollouts do, because `push` is collective. Requests of this rank may need the generator brought
+back at the moment that a push begins; both use the mailbox, so a lock (`Exclusive`) lets one finish before the other starts.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from otj_runtime.rollout.collect import Rollouts, rollout_metrics
+from otj_runtime.rollout.pipeline import Pipeline, Taken
 from otj_runtime.rollout.types import Group, Sampling
 from otj_runtime.train.batch import MicroBatch
 from otj_runtime.train.config import OnlineConfig
@@ -37,11 +42,36 @@ class Weights(Protocol):
     def push(self, version: int) -> SyncReport: ...
 
 
+class Exclusive:
+    """Push and recovery of one rank, one at a time. A push that finds the lock taken waits for a recovery, which has a deadline.
+
+    Args:
+        weights: pushes.
+        reinstall: brings the version that was pushed last back into a generator that restarted.
+    """
+
+    def __init__(self, weights: Weights, reinstall: Callable[[], None]) -> None:
+        self._weights = weights
+        self._reinstall = reinstall
+        self._lock = threading.Lock()
+
+    def push(self, version: int) -> SyncReport:
+        """See `Weights`."""
+        with self._lock:
+            return self._weights.push(version)
+
+    def recover(self) -> None:
+        """Return when the generator serves the version that was pushed last."""
+        with self._lock:
+            self._reinstall()
+
+
 class Sampler:
     """One rank's source of micro-batches. Collective: every rank makes the same calls in the same order.
 
     Args:
         config: the method's configuration.
+        samples: rows of the dataset that this rank samples in a generation, by its number.
         rollouts: completes and scores prompts.
         weights: brings the policy into the generator; None if the engine uses the model itself.
         meters: takes what is measured.
@@ -53,6 +83,7 @@ class Sampler:
         self,
         *,
         config: OnlineConfig,
+        samples: Callable[[int], list[dict[str, Any]]],
         rollouts: Rollouts,
         weights: Weights | None,
         meters: Meters,
@@ -68,6 +99,8 @@ class Sampler:
         self._pushed_version: int | None = None
         self._syncs = 0
         self._pending: deque[MicroBatch] = deque()
+        self._pipeline = Pipeline(rollouts, samples=samples, sampling=_sampling(config), ahead=config.staleness)
+        self._idle = IdleShares(rollouts.busy_seconds)
 
     def push(self, version: int) -> None:
         """Bring the current policy into the generator as `version`, unless it is there already. Collective."""
@@ -77,21 +110,83 @@ class Sampler:
         self._meters.add(self._weights.push(version).metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
         self._pushed_version = version
 
-    def next(self, samples: list[dict[str, Any]], *, step: int) -> MicroBatch:
-        """The next micro-batch of optimizer step `step`, sampled now from `samples` if the last generation is used up."""
+    def next(self, *, step: int, max_steps: int) -> MicroBatch:
+        """The next micro-batch of optimizer step `step`; at the first one of a generation, its rollouts are waited for.
+
+        Args:
+            step: optimizer steps made.
+            max_steps: optimizer steps to make in all; nothing is sampled for later ones.
+        """
         if not self._pending:
-            self._pending = self._sample(samples, step)
+            self._pending = self._sample(step, max_steps)
         return self._pending.popleft()
 
-    def _sample(self, samples: list[dict[str, Any]], step: int) -> deque[MicroBatch]:
-        self.push(step)
+    def cancel(self) -> None:
+        """Call off what is in flight: training ends."""
+        self._pipeline.cancel()
+
+    def _sample(self, step: int, max_steps: int) -> deque[MicroBatch]:
         began = time.monotonic()
+        self.push(step)
         config = self._config
-        sampling = Sampling(count=config.num_generations, max_tokens=config.max_completion_length, temperature=config.temperature)
-        groups = self._rollouts.collect(samples, sampling, policy_version=step)
-        self._meters.add(rollout_metrics(groups) | {"time/generate": time.monotonic() - began})
-        self._reporter.answers = self._rollouts.answers(groups)[: config.num_completions_to_print]
-        every = self._build(groups) * config.num_iterations
+        per_step, per_generation = config.gradient_accumulation_steps, config.micro_batches_per_generation
+        generation = step * per_step // per_generation
+        self._pipeline.fill(generation, last=(max_steps * per_step - 1) // per_generation, policy_version=step)
+        taken = self._pipeline.take(generation)
+        self._meters.add(rollout_metrics(taken.groups) | overlap_metrics(taken, step) | self._idle.take(waited=time.monotonic() - began))
+        self._reporter.answers = self._rollouts.answers(taken.groups)[: config.num_completions_to_print]
+        every = self._build(taken.groups) * config.num_iterations
         # A run that resumed in the middle of a generation has made some of its steps already.
-        made = (step * config.gradient_accumulation_steps) % len(every)
+        made = (step * per_step) % len(every)
         return deque(every[made:])
+
+
+def _sampling(config: OnlineConfig) -> Sampling:
+    return Sampling(
+        count=config.num_generations,
+        max_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        straggler_factor=config.straggler_factor,
+    )
+
+
+def overlap_metrics(taken: Taken, step: int) -> dict[str, float]:
+    """How old the tokens of a generation are at optimizer step `step`, in versions, and how full the pipeline is."""
+    ages = [age for group in taken.groups for completion in group.completions for age in completion.token_ages(step)]
+    tokens = max(1, sum(count for _, count in ages))
+    return {
+        "time/generate": taken.seconds,
+        "time/wait_batch": taken.waited,
+        "async/staleness_mean": sum(age * count for age, count in ages) / tokens,
+        "async/staleness_max": float(max(age for age, _ in ages)),
+        "async/queue": float(taken.ready),
+        "async/in_flight": float(taken.in_flight),
+        "async/dropped": float(taken.dropped),
+    }
+
+
+class IdleShares:
+    """How much of the time each side had nothing to do, between two calls of `take`.
+
+    The trainer is idle while it waits for weights to arrive in the generator or for rollouts to come back; the generator while this
+    rank has no request under way. (Averaged over ranks that overstates the generator's idleness if ranks end at different times,
+    because one that still generates keeps it busy; so the smallest share counts.)
+
+    Args:
+        busy_seconds: see `RolloutEngine`.
+        clock: seconds.
+    """
+
+    def __init__(self, busy_seconds: Callable[[], float], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._busy_seconds = busy_seconds
+        self._clock = clock
+        self._since: float | None = None
+        self._busy = 0.0
+
+    def take(self, *, waited: float) -> dict[str, float]:
+        """Both shares since the last call, between 0 and 1; the first call has seen nothing but its own `waited` seconds."""
+        now, busy = self._clock(), self._busy_seconds()
+        period = max(1e-9, waited if self._since is None else now - self._since)
+        shares = {"idle/trainer": min(1.0, waited / period), "idle/generator": min(1.0, max(0.0, 1.0 - (busy - self._busy) / period))}
+        self._since, self._busy = now, busy
+        return shares

@@ -3,7 +3,7 @@
 One optimizer step, on every rank at once:
 
     prompts (PromptOrder)
-      -> sampler.next(prompts)            weights into the generator, completions and rewards back: see `sampling`
+      -> sampler.next(step)               weights into the generator, completions and rewards back: see `sampling`
       -> select(groups)                   what to train on: the subclass knows (advantages, pairs)
       -> micro-batches                    dealt out evenly, padded
       -> compute_loss per micro-batch     forward, the subclass's loss, backward
@@ -50,7 +50,7 @@ from otj_runtime.train.loading import (
 )
 from otj_runtime.train.logprobs import Scorer, Scores
 from otj_runtime.train.meters import Meters
-from otj_runtime.train.prompts import PromptLoader, prepare_prompts, prompt_loader
+from otj_runtime.train.prompts import PromptLoader, PromptOrder, prepare_prompts, prompt_order
 from otj_runtime.train.report import Reporter
 from otj_runtime.train.sampling import Sampler, Weights
 from otj_runtime.weights.ranks import Ranks
@@ -135,6 +135,7 @@ class OnlineTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # `normalizer` already spans all micro-batches of a step
         self.config = args
         self._prompts = train_dataset
+        self._order: PromptOrder | None = None
         self._output = Path(str(args.output_dir))
         self.reference = self.make_reference()
         self.meters = Meters()
@@ -147,7 +148,13 @@ class OnlineTrainer(Trainer):
         reward_funcs.load()
         self.rollouts = Rollouts(engine=engine, encoder=encoder, rewards=reward_funcs, tokenizer=tokenizer)
         self.sampler = Sampler(
-            config=args, rollouts=self.rollouts, weights=self.weights, meters=self.meters, reporter=self.reporter, build=self._build_batches
+            config=args,
+            samples=self._samples,
+            rollouts=self.rollouts,
+            weights=self.weights,
+            meters=self.meters,
+            reporter=self.reporter,
+            build=self._build_batches,
         )
         self._resumed_from: str | None = None
         self._random_state_restored = False
@@ -202,25 +209,40 @@ class OnlineTrainer(Trainer):
 
     # -- sampling ------------------------------------------------------------------------------------------------------------
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See transformers. However it ends, no rollout is left in flight."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.sampler.cancel()
+
     def push_weights(self) -> None:
         """Bring the current policy into the generator, unless it is there already. Collective."""
         self.sampler.push(self.state.global_step)
 
     def get_train_dataloader(self) -> PromptLoader:
-        """Prompts of this rank, one item per micro-batch."""
+        """Counts micro-batches for transformers."""
+        return PromptLoader(self._prompt_order())
+
+    def _samples(self, generation: int) -> list[dict[str, Any]]:
+        if self._order is None:
+            self._order = self._prompt_order()
+        return [self._prompts[index] for index in self._order.of_generation(generation)]
+
+    def _prompt_order(self) -> PromptOrder:
         accelerator = self.accelerator
-        return prompt_loader(self._prompts, args=self.config, rank=accelerator.process_index, ranks=accelerator.num_processes)
+        return prompt_order(self._prompts, args=self.config, rank=accelerator.process_index, ranks=accelerator.num_processes)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[list[int]], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], None]:
         """The micro-batches of the next optimizer step, sampled now if the last generation is used up."""
         self._load_rng_state(self._resumed_from)
         if self._step_began is None:
             self.push_weights()  # the first push waits for the generator's start, which is no part of a step
             self._step_began = time.monotonic()
-        items = (item for _, item in zip(range(num_batches), epoch_iterator, strict=False))
-        return [self.sampler.next(samples, step=self.state.global_step) for samples in items], None
+        counted = sum(1 for _ in zip(range(num_batches), epoch_iterator, strict=False))
+        return [self.sampler.next(step=self.state.global_step, max_steps=self.state.max_steps) for _ in range(counted)], None
 
     def _build_batches(self, groups: list[Group]) -> list[MicroBatch]:
         selection = self.select(groups)

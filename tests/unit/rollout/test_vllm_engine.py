@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from otj_runtime.pod.errors import GeneratorLost
-from otj_runtime.rollout.types import Sampling
-from otj_runtime.rollout.vllm_engine import VLLMEngine, parse_choice
+from otj_runtime.rollout.types import Cancelled, Sampling, Span
+from otj_runtime.rollout.vllm_engine import StaleAnswer, VLLMEngine, parse_choice
 
 SAMPLING = Sampling(count=2, max_tokens=4)
 
@@ -24,6 +25,8 @@ class ScriptedGenerator:
         self.version = 3
         self.faults: list[str] = []
         self.requests: list[dict[str, Any]] = []
+        self.engines: list[str | None] = []
+        self.hanging = threading.Semaphore(0)
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -32,9 +35,10 @@ class ScriptedGenerator:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
+        self._over = asyncio.Event()
         app = web.Application()
         app.router.add_post("/inference/v1/generate", self._answer)
-        self._runner = web.AppRunner(app)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         self._loop.run_until_complete(self._runner.setup())
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         self._loop.run_until_complete(site.start())
@@ -45,6 +49,7 @@ class ScriptedGenerator:
     async def _answer(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append(body)
+        self.engines.append(request.headers.get("X-data-parallel-rank"))
         fault = self.faults.pop(0) if self.faults else ""
         if fault == "drop":
             assert request.transport is not None
@@ -53,6 +58,9 @@ class ScriptedGenerator:
             return web.Response(status=400, text="prompt too long")
         if fault == "error":
             return web.Response(status=500, text="engine dead")
+        if fault == "hang":
+            self.hanging.release()
+            await self._over.wait()
         version = "default" if fault == "stale" else str(self.version)
         choices = [
             {
@@ -60,13 +68,14 @@ class ScriptedGenerator:
                 "token_ids": [*body["token_ids"], i],
                 "logprobs": {"content": [{"token_id": t, "logprob": -0.1} for t in [*body["token_ids"], i]]},
                 "finish_reason": "stop" if i == 0 else "length",
-                "weight_versions": [{"start": 0, "end": 1, "version": version}],
+                "weight_versions": [{"start": 0, "end": len(body["token_ids"]) + 1, "version": version}],
             }
             for i in reversed(range(body["sampling_params"]["n"]))
         ]
         return web.json_response({"choices": choices})
 
     def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._over.set)
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
@@ -125,7 +134,60 @@ def test_a_refused_prompt_is_not_asked_again(server: ScriptedGenerator) -> None:
     assert len(server.requests) == 1
 
 
-def test_tokens_of_two_versions_are_stale() -> None:
-    choice = {"weight_versions": [{"version": "2"}, {"version": "3"}]}
-    with pytest.raises(Exception, match="expected tokens of policy version 3, got"):
-        parse_choice(choice, 3)
+def choice(*versions: tuple[str, int, int]) -> dict[str, Any]:
+    length = versions[-1][2] if versions else 1
+    return {
+        "token_ids": list(range(length)),
+        "logprobs": {"content": [{"logprob": -0.5}] * length},
+        "finish_reason": "stop",
+        "weight_versions": [{"version": name, "start": start, "end": end} for name, start, end in versions],
+    }
+
+
+def test_tokens_carry_the_versions_that_sampled_them() -> None:
+    completion = parse_choice(choice(("3", 0, 5), ("4", 5, 7)), 3)
+    assert completion.policy_version == 3
+    assert completion.spans == (Span(3, 0, 5), Span(4, 5, 7))
+    assert completion.token_ages(5) == [(2, 5), (1, 2)]
+
+
+@pytest.mark.parametrize("versions", [[("2", 0, 4)], [("2", 0, 1), ("3", 1, 4)], [("3", 0, 1), ("default", 1, 4)], []])
+def test_tokens_of_older_or_unknown_weights_are_stale(versions: list[tuple[str, int, int]]) -> None:
+    with pytest.raises(StaleAnswer, match="expected tokens of policy version 3 or later, got"):
+        parse_choice(choice(*versions), 3)
+
+
+def test_a_prompt_that_takes_too_long_is_dropped_once_most_are_there(server: ScriptedGenerator) -> None:
+    server.faults = ["hang"]
+    sampling = replace(SAMPLING, straggler_factor=2.0)
+    groups = engine(server).generate([[1], [2], [3], [4]], sampling, policy_version=3)
+    assert sorted(len(group) for group in groups) == [0, 2, 2, 2]
+
+
+def test_what_is_called_off_ends_soon(server: ScriptedGenerator) -> None:
+    server.faults = ["hang"] * 2
+    hanging = engine(server)
+    failures: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            hanging.generate([[1], [2]], SAMPLING, policy_version=3)
+        except Cancelled as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    assert server.hanging.acquire(timeout=10)
+    hanging.cancel()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(failures) == 1
+
+
+def test_a_prompts_completions_go_to_the_engine_with_the_fewest_tokens(server: ScriptedGenerator) -> None:
+    VLLMEngine(server.url, end_tokens={2}, recover=lambda: None, engines=2).generate([[1] * 50, [2], [3]], SAMPLING, policy_version=3)
+    assert {tuple(request["token_ids"]): engine for request, engine in zip(server.requests, server.engines, strict=True)} == {
+        (1,) * 50: "0",
+        (2,): "1",
+        (3,): "1",
+    }

@@ -14,6 +14,7 @@ from otj_runtime.data.load import load_prompts
 from otj_runtime.data.model import build_tiny
 from otj_runtime.pod.metrics import MetricsLine, read_metrics
 from otj_runtime.rewards import load_rewards
+from otj_runtime.rollout.transformers_engine import TransformersEngine
 from otj_runtime.train.checkpoints import newest_checkpoint
 from otj_runtime.train.config import GRPOConfig, OnlineConfig, OnlineDPOConfig
 from otj_runtime.train.grpo import GRPOTrainer
@@ -117,3 +118,33 @@ def test_a_kl_term_holds_the_policy_near_the_base_model(tiny: Path, tmp_path: Pa
 def test_on_policy_tokens_agree_with_their_sampler(tiny: Path, tmp_path: Path) -> None:
     trainer_for(tiny, tmp_path, max_steps=2).train()
     assert max(line.metrics["sampling/sampling_logp_difference/max"] for line in steps_of(tmp_path)) < 1e-4
+
+
+def losses_of(output: Path) -> list[float]:
+    return [line.metrics["loss"] for line in steps_of(output)]
+
+
+def test_rollouts_in_the_background_change_nothing_at_staleness_0(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer_for(tiny, tmp_path / "here", max_steps=4).train()
+    monkeypatch.setattr(TransformersEngine, "shares_model", False)
+    trainer_for(tiny, tmp_path / "background", max_steps=4).train()
+    assert rewards_of(tmp_path / "here") == rewards_of(tmp_path / "background")
+    assert losses_of(tmp_path / "here") == losses_of(tmp_path / "background")
+
+
+@pytest.mark.parametrize(("staleness", "ages"), [(0, [0, 0, 0, 0, 0]), (1, [0, 1, 1, 1, 1]), (2, [0, 1, 2, 2, 2])])
+def test_tokens_are_as_many_versions_old_as_the_staleness_allows(tiny: Path, tmp_path: Path, staleness: int, ages: list[int]) -> None:
+    trainer_for(tiny, tmp_path, max_steps=5, staleness=staleness).train()
+    assert [line.metrics["async/staleness_max"] for line in steps_of(tmp_path)] == ages
+    assert [line.metrics["async/staleness_mean"] for line in steps_of(tmp_path)] == ages
+
+
+def test_a_resumed_run_asks_again_for_the_prompts_in_flight_and_loses_none(tiny: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"staleness": 1, "num_completions_to_print": 8}
+    trainer_for(tiny, tmp_path / "whole", max_steps=6, **changes).train()
+    trainer_for(tiny, tmp_path / "halves", max_steps=3, save_steps=3, **changes).train()
+    checkpoint = newest_checkpoint(tmp_path / "halves")
+    trainer_for(tiny, tmp_path / "halves", max_steps=6, **changes).train(resume_from_checkpoint=str(checkpoint))
+    whole, halves = ([[answer.prompt for answer in line.completions] for line in steps_of(tmp_path / name)] for name in ("whole", "halves"))
+    assert halves == whole
+    assert len(whole) == 6

@@ -1,0 +1,43 @@
+"""The generator's command line follows the job: how many engines, and how many completions each has under way."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from otj_runtime.api import OnlineTrainingJob
+from otj_runtime.pod.commands import generator_command
+from otj_runtime.pod.config import resolve
+
+
+def options(spec: dict[str, Any]) -> dict[str, str]:
+    """Options of the generator's command that have a value."""
+    base = {"algorithm": "GRPO", "model": {"name": "builtin/tiny-copy"}, "dataset": {"task": "copy"}}
+    job = OnlineTrainingJob.model_validate(
+        {"apiVersion": "onlinetraining.dev/v1alpha1", "kind": "OnlineTrainingJob", "metadata": {"name": "run"}, "spec": base | spec}
+    )
+    command = generator_command(job, resolve(job))
+    return dict(pairwise(command))
+
+
+def test_accelerators_beyond_one_copy_of_the_model_hold_further_copies() -> None:
+    command = options({"gpus": 8, "generation": {"gpus": 4, "tensorParallelSize": 2}})
+    assert command["--tensor-parallel-size"] == "2"
+    assert command["--data-parallel-size"] == "2"
+    assert "--data-parallel-size" not in options({"gpus": 8, "generation": {"gpus": 4}})
+
+
+@pytest.mark.parametrize(
+    ("spec", "sequences"),
+    [
+        ({"gpus": 4}, 3 * 16),
+        ({"gpus": 4, "rollout": {"staleness": 1}}, 2 * 3 * 16),
+        ({"gpus": 6, "generation": {"gpus": 2, "tensorParallelSize": 1}}, 4 * 16 // 2),
+        ({"gpus": 8, "rollout": {"staleness": 64}}, 1024),
+    ],
+)
+def test_an_engine_is_sized_by_the_completions_it_has_under_way(spec: dict[str, Any], sequences: int) -> None:
+    training = {"per_device_train_batch_size": 16, "num_generations": 8}
+    assert options(spec | {"training": training})["--max-num-seqs"] == str(sequences)
