@@ -58,7 +58,7 @@ class GRPOTrainer(OnlineTrainer):
         """One row per completion that teaches something; all of them with a KL term. Collective."""
         rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
         scale = str(self.config.scale_rewards)
-        everyone = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu() if scale == "batch" else None
+        everyone = self._all_rewards(rewards) if scale == "batch" else None
         advantages = group_advantages(rewards, scale=scale, all_rewards=everyone)
         rows = [
             Row(group.prompt_ids, completion, advantage=float(advantage), reward=reward)
@@ -67,6 +67,13 @@ class GRPOTrainer(OnlineTrainer):
         ]
         teaching = rows if self.needs_reference else [row for row in rows if row.advantage != 0.0 and self._counted(row) > 0]
         return Selection(teaching or [replace(rows[0], counts=False)], normalizer=self._normalizer(rows))
+
+    def _all_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        """`rewards` of all ranks. Groups that a rank dropped as stragglers are NaN: gathering needs one shape."""
+        missing = self.config.prompts_per_rank - len(rewards)
+        padded = torch.nn.functional.pad(rewards, (0, 0, 0, missing), value=torch.nan)
+        gathered: torch.Tensor = self.accelerator.gather(padded.to(self.accelerator.device))
+        return gathered.cpu()
 
     def _counted(self, row: Row) -> int:
         return counted_tokens(row.completion, mask_truncated=self.config.mask_truncated_completions)
