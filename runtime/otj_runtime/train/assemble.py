@@ -76,6 +76,7 @@ def build_run(config: PodConfig) -> Run:
         train_dataset=load_prompts(config.prompts, seed=arguments.seed),
         generator=pod_generator(config),
     )
+    trainer.reporter.title = config.name
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)
     return Run(trainer=trainer, stop=stop, held_out=list(held_out_prompts(config.prompts)[: arguments.eval_prompts]))

@@ -1,4 +1,4 @@
-"""What the trainer tells the world: one line of metrics.jsonl per log, and one POST to the launcher.
+"""What the trainer tells the world: one line of metrics.jsonl per log, one POST to the launcher, and a report in the end.
 
 The file is written first and must succeed; the POST must never disturb a run: it has a short deadline and its failure is logged
 once, because the launcher's watchdog, not the trainer, judges silence.
@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from otj_runtime.pod.metrics import Answer, HeldOut, MetricsLine, append_line, read_metrics
 from otj_runtime.pod.names import METRICS_FILE
+from otj_runtime.train.html_report import REPORT_FILE, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,20 @@ class Reporter(TrainerCallback):
     Args:
         output: the output folder.
         world_size: training ranks; reported so that a wrong one is noticed.
+
+    Attributes:
+        answers: a few completions for the next line.
+        title: the run's name in its report. Default: the output folder's.
     """
 
     def __init__(self, *, output: Path, world_size: int) -> None:
         self._path = output / METRICS_FILE
         self._world_size = world_size
         self._complained = False
+        self._facts: dict[str, str] = {}
+        self._ended = False
         self.answers: list[Answer] = []
+        self.title = output.resolve().name
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps beyond `step`, which a resumed run makes again. The file is replaced at once."""
@@ -51,8 +59,15 @@ class Reporter(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say how many steps there are before the first one is made, and drop what an earlier run said of steps still to come."""
         if state.is_world_process_zero:
+            self._facts = _facts(args, kwargs.get("model"))
             self.forget_after(state.global_step)
             self._post(state, {})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave the report beside the metrics."""
+        if state.is_world_process_zero:
+            self._ended = True
+            self._write_report()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -71,6 +86,15 @@ class Reporter(TrainerCallback):
         """Report held-out answers."""
         append_line(self._path, MetricsLine(step=state.global_step, total_steps=state.max_steps, time=time.time(), heldout=result))
         print(f"held-out accuracy {result.accuracy:.3f} at step {state.global_step}", *map(_show, result.answers), sep="\n", flush=True)
+        if self._ended:
+            self._write_report()
+
+    def _write_report(self) -> None:
+        """Make the report; that it cannot be made ends no run."""
+        try:
+            write_report(self._path, self._path.with_name(REPORT_FILE), title=self.title, facts=self._facts)
+        except Exception:
+            logger.exception("cannot write %s", REPORT_FILE)
 
     def _post(self, state: TrainerState, numbers: dict[str, float]) -> None:
         url = os.environ.get("KUBEFLOW_TRAINER_SERVER_URL")
@@ -90,6 +114,18 @@ class Reporter(TrainerCallback):
             if not self._complained:
                 logger.warning("cannot report progress to the launcher at %s: %s", url, error)
             self._complained = True
+
+
+def _facts(args: TrainingArguments, model: Any) -> dict[str, str]:
+    """What the report says of the run beside its name."""
+    found = {
+        "Method": type(args).__name__.removesuffix("Config"),
+        "Model": str(getattr(getattr(model, "config", None), "_name_or_path", "")).rstrip("/").rpartition("/")[2],
+        "Training ranks": str(args.world_size),
+        "Learning rate": f"{args.learning_rate:g}",
+        "Seed": str(args.seed),
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 _SHOWN = {
