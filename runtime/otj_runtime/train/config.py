@@ -85,6 +85,8 @@ class OnlineConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         self._check_sampling()
+        if self.use_liger_kernel:  # its fused loss needs labels, and replaces the forward whose output layer `logprobs` borrows
+            self.liger_kernel_config = (self.liger_kernel_config or {}) | {"fused_linear_cross_entropy": False}
         # One process trains on one GPU: transformers would spread its batches over every GPU it sees, the generator's included.
         self._n_gpu = min(self.n_gpu, 1)
         if self.steps_per_generation is None:

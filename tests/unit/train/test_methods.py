@@ -160,6 +160,11 @@ def test_neutral_sampling_arguments_are_welcome() -> None:
     GRPOConfig(output_dir="unused", use_cpu=True, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
 
 
+def test_ligers_fused_loss_stays_off() -> None:
+    args = GRPOConfig(output_dir="unused", use_cpu=True, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+
+
 @pytest.mark.parametrize(("given", "used"), [(True, "group"), (False, "none"), ("batch", "batch")])
 def test_rewards_are_scaled_as_a_boolean_or_a_name_says(given: bool | str, used: str) -> None:
     assert GRPOConfig(output_dir="unused", use_cpu=True, scale_rewards=given).scale_rewards == used
