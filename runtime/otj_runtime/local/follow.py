@@ -37,8 +37,8 @@ class Story:
 
     @property
     def steps(self) -> list[MetricsLine]:
-        """The lines that tell of a step."""
-        return [line for line in self.lines if line.metrics]
+        """The lines that tell of a step, not of an evaluation."""
+        return [line for line in self.lines if line.metrics and "eval_reward" not in line.metrics]
 
     @property
     def heldout(self) -> list[HeldOut]:

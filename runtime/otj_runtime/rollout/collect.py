@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,13 +27,23 @@ class Rollouts:
         encoder: prompts to token ids, the same ids for generator and trainer.
         rewards: scores completions.
         tokenizer: decodes completions for the rewards.
+        trainer_state: transformers' state of the training, for rewards that depend on its progress.
     """
 
-    def __init__(self, *, engine: RolloutEngine, encoder: PromptEncoder, rewards: Rewards, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        *,
+        engine: RolloutEngine,
+        encoder: PromptEncoder,
+        rewards: Rewards,
+        tokenizer: Any,
+        trainer_state: Callable[[], Any] = lambda: None,
+    ) -> None:
         self._engine = engine
         self._encoder = encoder
         self._rewards = rewards
         self._tokenizer = tokenizer
+        self._trainer_state = trainer_state
         self._tokenizer_lock = threading.Lock()  # a fast tokenizer raises "Already borrowed" when two threads use it
         self._rewards_lock = threading.Lock()  # authors of rewards do not expect to be called for two batches at once
 
@@ -94,9 +104,16 @@ class Rollouts:
             completion_ids=[group.completions[i].token_ids for group, i in rows],
             columns=columns,
             group_ids=[number for number, group in enumerate(groups) for _ in group.completions],
+            trainer_state=self._trainer_state(),
         )
-        for (group, _), total in zip(rows, table.totals, strict=True):
-            group.rewards.append(total)
+        first = 0
+        for group in groups:
+            own = slice(first, first + len(group.completions))
+            group.rewards = table.totals[own]
+            group.scores = {name: scores[own] for name, scores in table.scores.items()}
+            group.extra = {name: values[own] for name, values in table.extra.items()}
+            group.logged = table.metrics
+            first = own.stop
 
     def answers(self, groups: list[Group]) -> list[Answer]:
         """The first completion of each group, for people; one without a reward shows 0."""
@@ -136,6 +153,21 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "num_tokens": float(prompt_tokens + sum(lengths)),
         "tokens_generated": float(sum(lengths)),
     }
+
+
+def reward_metrics(groups: list[Group]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each reward function, under TRL's names, and what functions logged themselves.
+
+    Returns:
+        value and weight by name; the weight is the number of completions that the function applies to.
+    """
+    found: dict[str, tuple[float, float]] = {name: (value, 1.0) for name, value in groups[0].logged.items()}
+    for name in groups[0].scores:
+        scores = [score for group in groups for score in group.scores[name] if score is not None]
+        if scores:
+            found[f"rewards/{name}/mean"] = (_mean(scores), len(scores))
+            found[f"rewards/{name}/std"] = (_deviation(scores), len(scores))
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

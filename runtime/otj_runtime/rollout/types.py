@@ -64,7 +64,11 @@ class Group:
         sample: the dataset's row, every column.
         prompt_ids: token ids of the prompt.
         completions: its completions.
-        rewards: one number per completion, in the same order.
+        texts: the completions decoded.
+        rewards: one number per completion, in the same order; NaN where no reward function applies.
+        scores: by reward function, what it gave each completion; None where it does not apply.
+        extra: columns that reward functions added, by name.
+        logged: numbers that reward functions added for the whole batch, by name.
     """
 
     sample: dict[str, Any]
@@ -72,6 +76,9 @@ class Group:
     completions: list[Completion]
     texts: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
 
 
 class RolloutEngine(Protocol):

@@ -74,9 +74,11 @@ def build_run(config: PodConfig) -> Run:
         load_rewards(config.rewards, task=config.prompts.task),
         args=arguments,
         train_dataset=load_prompts(config.prompts, seed=arguments.seed),
+        eval_dataset=held_out_prompts(config.prompts) or None,
         generator=pod_generator(config),
     )
     trainer.reporter.title = config.name
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)
-    return Run(trainer=trainer, stop=stop, held_out=list(held_out_prompts(config.prompts)[: arguments.eval_prompts]))
+    prepared: Any = trainer.eval_dataset or []
+    return Run(trainer=trainer, stop=stop, held_out=prepared[: arguments.eval_prompts])

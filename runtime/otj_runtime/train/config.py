@@ -60,7 +60,12 @@ class OnlineConfig(TrainingArguments):
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout, so that trainer and generator agree."})
     model_init_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Keyword arguments of from_pretrained."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Visit prompts in a random order that the seed fixes."})
+    log_completions: bool = field(
+        default=False, metadata={"help": "Write every completion and what it earned to completions/*.parquet in the output folder."}
+    )
     num_completions_to_print: int = field(default=2, metadata={"help": "Completions shown with each log line."})
+    num_generations_eval: int = field(default=1, metadata={"help": "Completions of each prompt in evaluation."})
+    eval_temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of evaluation; 0 answers greedily."})
     eval_prompts: int = field(default=0, metadata={"help": "Held-out prompts answered greedily before and after training; 0 for none."})
 
     staleness: int = field(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 SUMMED = frozenset({"num_tokens", "tokens_generated"})
 """Counters: summed over ranks and never reset, as TRL does with num_tokens."""
@@ -22,7 +23,7 @@ Number = float | torch.Tensor
 
 
 class Meters:
-    """Collects numbers by name. Every rank must add the same names between two `take`s, because `take` reduces over ranks."""
+    """Collects numbers by name. A rank need not add every name: what only some rewards log, or only some ranks see, counts there alone."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[tuple[Number, Number]]] = defaultdict(list)
@@ -41,7 +42,10 @@ class Meters:
 
         A name that weighed nothing on every rank is left out.
         """
-        noted = {name: [(float(value), float(weight)) for value, weight in pairs] for name, pairs in self._values.items()}
+        names = set().union(
+            *gather_object([sorted(self._values)])
+        )  # one collective of a few bytes, so that no rank waits for others' names
+        noted = {name: [(float(value), float(weight)) for value, weight in self._values.get(name, ())] for name in sorted(names)}
         self._values.clear()
         extreme = {name for name in noted if name.endswith((*LARGEST, *SMALLEST))}
         averages = _averages({name: pairs for name, pairs in noted.items() if name not in extreme}, accelerator)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from otj_runtime.data.load import Prompts, Stream, prompts_of
 from otj_runtime.data.prepare import LengthRule, StreamedPrompts, TokenizedPrompts, prepare
 from otj_runtime.data.tokenize import PromptEncoder
-from otj_runtime.pod.errors import InvalidSpec
+from otj_runtime.pod.errors import DatasetInvalid, InvalidSpec
 from otj_runtime.train.config import OnlineConfig
 
 
@@ -119,6 +119,21 @@ def prepare_prompts(
         writes=state.is_local_main_process,
         wait=state.wait_for_everyone,
     )
+
+
+def prepare_eval_prompts(dataset: Any, encoder: PromptEncoder, *, args: OnlineConfig, max_tokens: int | None) -> Any:
+    """The same for what is evaluated: a dataset, several by name, or None; prepared ones stay as they are. Collective.
+
+    Raises:
+        DatasetInvalid: as `prepare_prompts`, and for a stream, whose end nobody knows.
+    """
+    if dataset is None or isinstance(dataset, TokenizedPrompts):
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: prepare_eval_prompts(part, encoder, args=args, max_tokens=max_tokens) for name, part in dataset.items()}
+    if isinstance(dataset, Stream) or not hasattr(dataset, "__len__"):
+        raise DatasetInvalid("eval_dataset: a streaming dataset has no end; take some rows of it, as a list")
+    return prepare_prompts(dataset, encoder, args=args, max_tokens=max_tokens)
 
 
 def prompt_order(prompts: Any, *, args: OnlineConfig, rank: int, ranks: int) -> PromptOrder:

@@ -72,12 +72,14 @@ class Reporter(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Report a step's numbers. Lines without a loss are summaries of transformers, not steps."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        """Report a step's numbers, or an evaluation's. Other lines without a loss are summaries of transformers."""
+        evaluated = bool(logs) and any(name.startswith("eval_") for name in logs or ())
+        if not state.is_world_process_zero or not logs or not (evaluated or "loss" in logs):
             return
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float)) and math.isfinite(value)}
         numbers |= {"world_size": float(self._world_size)}
-        line = MetricsLine(step=state.global_step, total_steps=state.max_steps, time=time.time(), metrics=numbers, completions=self.answers)
+        answers = [] if evaluated else self.answers
+        line = MetricsLine(step=state.global_step, total_steps=state.max_steps, time=time.time(), metrics=numbers, completions=answers)
         append_line(self._path, line)
         print(describe(line), flush=True)
         self._post(state, numbers)
@@ -130,6 +132,7 @@ def _facts(args: TrainingArguments, model: Any) -> dict[str, str]:
 
 _SHOWN = {
     "reward": "reward",
+    "eval_reward": "eval reward",
     "kl": "kl",
     "completions/mean_length": "length",
     "grad_norm": "grad",

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from otj_runtime.rollout.collect import Rollouts, rollout_metrics
+from otj_runtime.rollout.collect import Rollouts, reward_metrics, rollout_metrics
 from otj_runtime.rollout.pipeline import Pipeline, Taken
 from otj_runtime.rollout.types import Group, Sampling
 from otj_runtime.train.batch import MicroBatch
@@ -134,6 +134,8 @@ class Sampler:
         self._pipeline.fill(generation, last=(max_steps * per_step - 1) // per_generation, policy_version=step)
         taken = self._pipeline.take(generation)
         self._meters.add(rollout_metrics(taken.groups) | overlap_metrics(taken, step) | self._idle.take(waited=time.monotonic() - began))
+        for name, (value, weight) in reward_metrics(taken.groups).items():
+            self._meters.add({name: value}, weight=weight)
         self._reporter.answers = self._rollouts.answers(taken.groups)[: config.num_completions_to_print]
         every = self._build(taken.groups) * config.num_iterations
         # A run that resumed in the middle of a generation has made some of its steps already.

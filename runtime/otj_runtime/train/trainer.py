@@ -20,7 +20,7 @@ import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +36,9 @@ from otj_runtime.rollout.types import Group, RolloutEngine
 from otj_runtime.train.batch import MicroBatch, Selection, collate, split
 from otj_runtime.train.checkpoints import INCOMPLETE, publish_checkpoint, remove_old_checkpoints
 from otj_runtime.train.child import ChildGenerator, ServerPlan, plan_server
+from otj_runtime.train.completions import CompletionTable
 from otj_runtime.train.config import OnlineConfig
+from otj_runtime.train.evaluate import evaluate
 from otj_runtime.train.generator import Generator, connect
 from otj_runtime.train.loading import (
     default_output,
@@ -50,7 +52,7 @@ from otj_runtime.train.loading import (
 )
 from otj_runtime.train.logprobs import Scorer, Scores
 from otj_runtime.train.meters import Meters
-from otj_runtime.train.prompts import PromptLoader, PromptOrder, prepare_prompts, prompt_order
+from otj_runtime.train.prompts import PromptLoader, PromptOrder, prepare_eval_prompts, prepare_prompts, prompt_order
 from otj_runtime.train.report import Reporter
 from otj_runtime.train.sampling import Sampler, Weights
 from otj_runtime.weights.ranks import Ranks
@@ -119,13 +121,15 @@ class OnlineTrainer(Trainer):
         if peft_config is not None:
             policy = with_adapter(policy, peft_config)
         encoder = PromptEncoder(tokenizer, template_kwargs=args.chat_template_kwargs)
-        train_dataset = prepare_prompts(train_dataset, encoder, args=args, max_tokens=prompt_limit(args, policy.config))
+        longest = prompt_limit(args, policy.config)
+        train_dataset = prepare_prompts(train_dataset, encoder, args=args, max_tokens=longest)
+        self._prepare_eval = partial(prepare_eval_prompts, encoder=encoder, args=args, max_tokens=longest)
         self.reporter = Reporter(output=Path(str(args.output_dir)), world_size=args.world_size)
         super().__init__(
             model=policy,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=self._prepare_eval(eval_dataset),
             processing_class=tokenizer,
             callbacks=[self.reporter, *(callbacks or [])],
             optimizers=optimizers,
@@ -146,7 +150,10 @@ class OnlineTrainer(Trainer):
                 reward_funcs, reward_weights=args.reward_weights, reward_processing_classes=reward_processing_classes, judge=judge
             )
         reward_funcs.load()
-        self.rollouts = Rollouts(engine=engine, encoder=encoder, rewards=reward_funcs, tokenizer=tokenizer)
+        self.rollouts = Rollouts(
+            engine=engine, encoder=encoder, rewards=reward_funcs, tokenizer=tokenizer, trainer_state=lambda: self.state
+        )
+        self.completions = CompletionTable(self._output) if args.log_completions else None
         self.sampler = Sampler(
             config=args,
             samples=self._samples,
@@ -246,6 +253,8 @@ class OnlineTrainer(Trainer):
 
     def _build_batches(self, groups: list[Group]) -> list[MicroBatch]:
         selection = self.select(groups)
+        if self.completions is not None:
+            self.completions.add(groups, {id(row.completion): row.advantage for row in selection.rows})
         parts = split(selection.rows, parts=int(self.config.steps_per_generation or 1), unit=self.unit)
         masked = self.config.mask_truncated_completions
         batches = [collate(part, pad_id=self._pad_id, mask_truncated=masked, normalizer=selection.normalizer) for part in parts]
@@ -326,6 +335,27 @@ class OnlineTrainer(Trainer):
             super()._load_rng_state(checkpoint)
             self._random_state_restored = True
 
+    # -- evaluating ----------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Answer the prompts of the eval dataset (of each, if there are several by name) with the current weights. Collective.
+
+        Returns:
+            the metrics of training where they make sense, under TRL's names with the prefix.
+        """
+        prompts: Any = self.eval_dataset if eval_dataset is None else self._prepare_eval(eval_dataset)
+        if prompts is None:
+            raise ValueError("eval_dataset: is missing; give rows with a prompt")
+        if isinstance(prompts, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in prompts.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        self.push_weights()
+        found = evaluate(self.rollouts, prompts, config=self.config, accelerator=self.accelerator, policy_version=self.state.global_step)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     # -- reporting and saving ------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -335,6 +365,8 @@ class OnlineTrainer(Trainer):
             self.meters.add({"step_time": (now - self._step_began) / max(1.0, self.config.logging_steps)})
             self._step_began = now
             logs = logs | self.meters.take(self.accelerator)
+            if self.completions is not None:
+                self.completions.write(self.state.global_step, first=self.is_world_process_zero())
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
