@@ -1,0 +1,317 @@
+"""Seconds of a GRPO step: our trainer against TRL, on one machine, with one model and one batch.
+
+    python -m tests.bench.step --device cpu --model build/models/SmolLM2-135M-Instruct     # bar: 2 x TRL
+    python -m tests.bench.step --device cuda                                               # one card, shared by both processes
+
+Each configuration runs in a process of its own, because a vLLM in the process leaves memory behind. Without --model the parent makes
+one with random weights of the 1.5B Qwen2 shape and a tokenizer of 1,000 words; nothing is downloaded. A step is the time from the end
+of one optimizer step to the end of the next: sampling, rewards, learning and the weight sync. The first steps (start, compilation) and
+the last ones (nothing left to sample ahead) do not count. Rewards are random, so no group is skipped for being all equal.
+
+TRL's settings are the best of those tried on the H100 (colocate, vLLM at 0.3 of the memory, micro-batch 16, gradient checkpointing,
+float32 master weights with bf16 autocast); larger micro-batches, or none of the checkpointing, ran out of memory beside vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.bench.report import Bar, conclude, machine, table
+
+WORDS = 1000
+SHAPE_15B = {
+    "vocab_size": 151_936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every configuration is given.
+
+    Attributes:
+        prompts, group: prompts of a step and completions of each.
+        prompt_tokens, completion_tokens: lengths; completions may end earlier.
+        micro_batch: completions of one forward pass.
+        warm_up: steps that do not count.
+    """
+
+    device: str
+    model: str
+    prompts: int
+    group: int
+    prompt_tokens: int
+    completion_tokens: int
+    micro_batch: int
+    steps: int
+    warm_up: int = 2
+    memory: float = 0.3
+
+    @property
+    def completions(self) -> int:
+        """Completions of a step."""
+        return self.prompts * self.group
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments that both trainers know by the same name."""
+        cuda = self.device == "cuda"
+        return {
+            "use_cpu": not cuda,
+            "bf16": cuda,
+            "gradient_checkpointing": cuda,
+            "per_device_train_batch_size": self.micro_batch,
+            "gradient_accumulation_steps": self.completions // self.micro_batch,
+            "num_generations": self.group,
+            "max_completion_length": self.completion_tokens,
+            "max_steps": self.steps,
+            "learning_rate": 1e-6,
+            "lr_scheduler_type": "constant",
+            "temperature": 1.0,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "model_init_kwargs": {"dtype": "float32"},
+        }
+
+
+CONFIGURATIONS = {
+    "ours, vLLM": {"use_vllm": True},
+    "ours, vLLM, staleness 1": {"use_vllm": True, "staleness": 1},
+    "ours, transformers": {"use_vllm": False},
+    "TRL, vLLM colocate": {"use_vllm": True},
+    "TRL, transformers": {"use_vllm": False},
+}
+
+
+def make_model(folder: Path) -> None:
+    """A Qwen2 of 1.54B random weights in bfloat16 (3.1 GB) and a tokenizer of words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<pad>": WORDS, "<eos>": WORDS + 1, "<unk>": WORDS + 2}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE_15B, eos_token_id=WORDS + 1, pad_token_id=WORDS, bos_token_id=None))
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def make_prompts(tokenizer: Any, work: Workload) -> list[dict[str, str]]:
+    """Prompts of exactly `prompt_tokens` tokens where words are tokens, about as many elsewhere; none is the beginning of another."""
+    draw = random.Random(0)
+    words = (
+        [f"w{i}" for i in range(WORDS)] if "w0" in tokenizer.get_vocab() else ["red", "blue", "cat", "dog", "sun", "sea", "tree", "road"]
+    )
+    separator = " "
+    rows = [separator.join(draw.choice(words) for _ in range(work.prompt_tokens)) for _ in range(work.prompts * work.steps)]
+    return [{"prompt": row} for row in rows]
+
+
+# -- in the child ----------------------------------------------------------------------------------------------------------------
+
+
+def random_reward(completions: list[Any], **_: Any) -> list[float]:
+    """Rewards that no group shares."""
+    return [random.random() for _ in completions]
+
+
+def build_trainer(name: str, work: Workload, output: Path) -> Any:
+    """The trainer of configuration `name`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = make_prompts(tokenizer, work)
+    arguments = work.arguments() | CONFIGURATIONS[name] | {"output_dir": str(output)}
+    cuda = work.device == "cuda"
+    if name.startswith("TRL"):
+        from datasets import Dataset
+        from trl import GRPOConfig as TheirConfig
+        from trl import GRPOTrainer as TheirTrainer
+
+        if arguments["use_vllm"]:
+            arguments |= {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": work.memory}
+        data = Dataset.from_list(rows)
+        return TheirTrainer(
+            model=work.model, reward_funcs=random_reward, args=TheirConfig(**arguments), train_dataset=data, processing_class=tokenizer
+        )
+    from otj_runtime.train.config import GRPOConfig
+    from otj_runtime.train.grpo import GRPOTrainer
+
+    if arguments["use_vllm"] and cuda:
+        arguments |= {"vllm_device": "cuda:0", "vllm_gpu_memory_utilization": work.memory}
+    if arguments["use_vllm"]:
+        arguments |= {"vllm_max_model_len": work.prompt_tokens + work.completion_tokens + (0 if cuda else 64)}
+    return GRPOTrainer(
+        model=work.model, reward_funcs=random_reward, args=GRPOConfig(**arguments), train_dataset=rows, processing_class=tokenizer
+    )
+
+
+def run_child(name: str, work: Workload, result: Path) -> None:
+    """Train, and write when each step ended and what the trainer logged."""
+    import torch
+    from transformers import TrainerCallback
+
+    random.seed(0)
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as output:
+        trainer = build_trainer(name, work, Path(output))
+        trainer.add_callback(Clock())
+        trainer.train()
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    result.write_text(json.dumps({"ends": ends, "logs": logs, "trainer_gib": memory}))
+
+
+# -- in the parent ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One configuration's figures; seconds are medians over the steps that count."""
+
+    step: float
+    generate: float | None
+    sync: float | None
+    tokens: float
+    trainer_gib: float
+
+
+def measure(name: str, work: Workload, *, timeout_s: float) -> Measured | None:
+    """Run one configuration; None, with the end of its log, if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = Path(folder) / "result.json", Path(folder) / "log"
+        command = [sys.executable, "-m", "tests.bench.step", "--child", name, "--work", json.dumps(asdict(work)), "--result", str(result)]
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        try:
+            with log.open("w") as out:
+                subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, timeout=timeout_s, check=True)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            print(f"{name}: {type(error).__name__}; the end of its log:\n{log.read_text()[-3000:]}", file=sys.stderr)
+            return None
+        return summarize(json.loads(result.read_text()), work, ahead=int(CONFIGURATIONS[name].get("staleness", 0)))
+
+
+def summarize(found: dict[str, Any], work: Workload, *, ahead: int) -> Measured:
+    """Medians over the steps that count."""
+    counted = slice(work.warm_up, work.steps - ahead)
+    steps = [later - earlier for earlier, later in zip(found["ends"], found["ends"][1:], strict=False)]
+    logs = found["logs"][counted]
+
+    def median(metric: str) -> float | None:
+        values = [float(line[metric]) for line in logs if metric in line]
+        return statistics.median(values) if values else None
+
+    return Measured(
+        step=statistics.median(steps[work.warm_up - 1 : work.steps - ahead - 1]),
+        generate=median("time/generate"),
+        sync=median("sync/total_s"),
+        tokens=median("completions/mean_length") or float("nan"),
+        trainer_gib=float(found["trainer_gib"]),
+    )
+
+
+def report(work: Workload, results: dict[str, Measured], json_file: Path | None) -> bool:
+    """The table, the ratios and the bars."""
+    rows = [
+        [
+            name,
+            found.step,
+            work.completions / found.step,
+            "-" if found.generate is None else f"{found.generate:.3g}",
+            "-" if found.sync is None else f"{found.sync:.3g}",
+            found.tokens,
+            found.trainer_gib,
+        ]
+        for name, found in results.items()
+    ]
+    print(f"{machine()}\n{work.completions} completions of up to {work.completion_tokens} tokens after {work.prompt_tokens}, {work.device}")
+    print(table(["configuration", "s/step", "samples/s", "generate s", "sync s", "tokens", "trainer GiB"], rows))
+    ours = [results[name].step for name in ("ours, vLLM", "ours, vLLM, staleness 1") if name in results]
+    figures = {f"step_s[{name}]": found.step for name, found in results.items()}
+    bars = []
+    for theirs, figure, limit in (
+        ("TRL, vLLM colocate", "times_trl_vllm", 1.5),
+        ("TRL, transformers", "times_trl_transformers", 3.5 if work.device == "cuda" else 2.0),
+    ):
+        if theirs in results and ours:
+            figures[figure] = results[theirs].step / min(ours)
+            bars.append(Bar(figure, limit, at_least=True))
+    return conclude("step", figures, bars, json_file=json_file, workload=asdict(work), results={n: asdict(r) for n, r in results.items()})
+
+
+def main() -> int:
+    """0 if every bar was reached."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", help="folder of a model and its tokenizer; default: a random 1.5B Qwen2")
+    parser.add_argument(
+        "--only", action="append", choices=list(CONFIGURATIONS), help="may be repeated; default: all that the device can run"
+    )
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int)
+    parser.add_argument("--completion-tokens", type=int)
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--memory", type=float, default=0.3, help="share of the card's memory for vLLM")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one configuration")
+    parser.add_argument("--json", type=Path)
+    for name in ("--child", "--work", "--result"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run_child(options.child, Workload(**json.loads(options.work)), Path(options.result))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            make_model(Path(folder))
+        cuda = options.device == "cuda"
+        work = Workload(
+            device=options.device,
+            model=options.model or folder,
+            prompts=options.prompts or (16 if cuda else 4),
+            group=options.group,
+            prompt_tokens=options.prompt_tokens or (128 if cuda else 32),
+            completion_tokens=options.completion_tokens or (256 if cuda else 64),
+            micro_batch=options.micro_batch,
+            steps=options.steps,
+            memory=options.memory,
+        )
+        # vLLM inside the trainer's process needs a GPU: on a CPU, TRL can only generate with transformers.
+        names = options.only or [name for name in CONFIGURATIONS if cuda or name != "TRL, vLLM colocate"]
+        results = {name: found for name in names if (found := measure(name, work, timeout_s=options.timeout)) is not None}
+    return 0 if report(work, results, options.json) and len(results) == len(names) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
