@@ -8,6 +8,7 @@ the batch stays the same: with another number of training ranks, per_device_trai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 WORTHWHILE = 0.1
@@ -55,3 +56,16 @@ def advise(split: Split, *, per_engine: int, staleness: int, step_s: float, idle
     best = min(candidates, key=lambda candidate: (estimate(candidate), abs(candidate.generation - split.generation)))
     faster = estimate(best) + rest
     return Advice(best, faster) if best != split and faster <= (1 - WORTHWHILE) * step_s else None
+
+
+def split_metrics(split: Split, metrics: Mapping[str, float], *, per_engine: int, staleness: int) -> dict[str, float]:
+    """The advice that follows from a step's metrics, as metrics: the split that is in use where none would be clearly faster."""
+    try:
+        step_s, idle_trainer, idle_generator = (metrics[name] for name in ("step_time", "idle/trainer", "idle/generator"))
+    except KeyError:
+        return {}
+    found = advise(
+        split, per_engine=per_engine, staleness=staleness, step_s=step_s, idle_trainer=idle_trainer, idle_generator=idle_generator
+    )
+    best = found or Advice(split, step_s)
+    return {"split/generation_gpus": float(best.split.generation), "split/step_time": best.step_s}

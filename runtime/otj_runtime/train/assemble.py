@@ -6,12 +6,14 @@ Everything that can be wrong with a user's input is found here, before the first
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from otj_runtime.api import Algorithm, Device
 from otj_runtime.data.load import held_out_prompts, load_prompts
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import InvalidSpec, WorldSizeMismatch
+from otj_runtime.pod.split import Split, split_metrics
 from otj_runtime.rewards import load_rewards
 from otj_runtime.train.config import GRPOConfig, OnlineConfig, OnlineDPOConfig
 from otj_runtime.train.generator import pod_generator
@@ -78,6 +80,12 @@ def build_run(config: PodConfig) -> Run:
         generator=pod_generator(config),
     )
     trainer.reporter.title = config.name
+    trainer.reporter.advise = partial(
+        split_metrics,
+        Split(training=config.training_ranks, generation=config.generator_gpus),
+        per_engine=config.generator_gpus // config.generator_engines,
+        staleness=config.rollout.staleness,
+    )
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)
     prepared: Any = trainer.eval_dataset or []

@@ -12,6 +12,7 @@ import math
 import os
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Reporter(TrainerCallback):
     Attributes:
         answers: a few completions for the next line.
         title: the run's name in its report. Default: the output folder's.
+        advise: what other split of the accelerators would be faster, as metrics, from the metrics of a step; None where nobody can tell.
     """
 
     def __init__(self, *, output: Path, world_size: int) -> None:
@@ -46,6 +48,7 @@ class Reporter(TrainerCallback):
         self._ended = False
         self.answers: list[Answer] = []
         self.title = output.resolve().name
+        self.advise: Callable[[dict[str, float]], dict[str, float]] | None = None
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps beyond `step`, which a resumed run makes again. The file is replaced at once."""
@@ -78,6 +81,8 @@ class Reporter(TrainerCallback):
             return
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float)) and math.isfinite(value)}
         numbers |= {"world_size": float(self._world_size)}
+        if self.advise is not None:
+            numbers |= self.advise(numbers)
         answers = [] if evaluated else self.answers
         line = MetricsLine(step=state.global_step, total_steps=state.max_steps, time=time.time(), metrics=numbers, completions=answers)
         append_line(self._path, line)

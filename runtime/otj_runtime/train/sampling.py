@@ -133,7 +133,8 @@ class Sampler:
         generation = step * per_step // per_generation
         self._pipeline.fill(generation, last=(max_steps * per_step - 1) // per_generation, policy_version=step)
         taken = self._pipeline.take(generation)
-        self._meters.add(rollout_metrics(taken.groups) | overlap_metrics(taken, step) | self._idle.take(waited=time.monotonic() - began))
+        measured = rollout_metrics(taken.groups) | overlap_metrics(taken, step)
+        self._meters.add(measured | self._idle.take(waited=time.monotonic() - began))
         for name, (value, weight) in reward_metrics(taken.groups).items():
             self._meters.add({name: value}, weight=weight)
         self._reporter.answers = self._rollouts.answers(taken.groups)[: config.num_completions_to_print]

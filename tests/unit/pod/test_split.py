@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otj_runtime.pod.split import Advice, Split, advise
+from otj_runtime.pod.split import Advice, Split, advise, split_metrics
 
 SHARE = st.floats(0, 1)
 
@@ -59,3 +59,13 @@ def test_an_advice_is_a_possible_split_that_is_clearly_faster_and_not_worse_than
 @given(training=st.integers(1, 16), generation=st.integers(1, 16), step_s=st.floats(0.1, 1000))
 def test_two_busy_sides_are_left_alone(training: int, generation: int, step_s: float) -> None:
     assert advise(Split(training, generation), per_engine=1, staleness=1, step_s=step_s, idle_trainer=0.0, idle_generator=0.0) is None
+
+
+def test_the_advice_is_reported_as_metrics_once_a_step_was_measured() -> None:
+    measured = {"step_time": 8.0, "idle/trainer": 0.75, "idle/generator": 0.0}
+    assert split_metrics(Split(7, 1), {"loss": 1.0}, per_engine=1, staleness=1) == {}
+    advised = split_metrics(Split(7, 1), measured, per_engine=1, staleness=1)
+    assert advised["split/generation_gpus"] == 3
+    assert advised["split/step_time"] == pytest.approx(14 / 5)
+    kept = split_metrics(Split(7, 1), measured | {"idle/trainer": 0.0}, per_engine=1, staleness=1)
+    assert kept == {"split/generation_gpus": 1, "split/step_time": 8.0}
