@@ -19,6 +19,7 @@ from otj_runtime.data.smollm2 import PACKAGE, write_smollm2
 from otj_runtime.data.tiny import write_tiny
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import ExitCode, FailureNote, ModelNotFound, RunError, exit_code
+from otj_runtime.pod.startup import leave_stamp
 
 TINY = "builtin/tiny-copy"
 BUILTIN = "builtin/"
@@ -114,6 +115,7 @@ def main() -> int:
         print(f"model: {error.reason}: {error}", file=sys.stderr, flush=True)
         return exit_code(error.reason)
     try:
+        leave_stamp(config)
         prepare(config)
     except Exception as error:
         return fail(FailureNote.of(error), config)

@@ -18,6 +18,8 @@ class Board:
     def __init__(self) -> None:
         self.generator_ready = False
         self.ended = False
+        self.startup: dict[str, float] = {}
+        """Seconds from the pod's start to the phases reached so far."""
         self.last_update: float | None = None
         """Monotonic time of the last update."""
         self._metrics: dict[str, str] = {}
@@ -103,4 +105,6 @@ class Board:
             last_updated=self._updated or None,
         )
         phase = "ended" if self.ended else "training" if step else "starting"
-        return LauncherReport(phase=phase, generator_ready=self.generator_ready, progress=progress, metrics=self._metrics)
+        return LauncherReport(
+            phase=phase, generator_ready=self.generator_ready, progress=progress, startup=self.startup, metrics=self._metrics
+        )

@@ -27,6 +27,7 @@ from otj_runtime.pod.commands import script_arguments
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import ExitCode, FailureNote, RunError, Stalled, Terminated, WorldSizeMismatch, exit_code
 from otj_runtime.pod.processes import become_subreaper
+from otj_runtime.pod.startup import StartUp
 
 TRAIN_MODULE = "otj_runtime.train"
 SCRIPT_MODULE = "otj_runtime.compat"
@@ -48,6 +49,7 @@ class Launcher:
         self._patience = patience
         self._directory = Path(config.run_directory)
         self._board = Board()
+        self._startup = StartUp.of(config)
         self._generator = GeneratorWatch(
             config.generator_url,
             self._board,
@@ -133,6 +135,7 @@ class Launcher:
     async def _watch_progress(self, *, started: float) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            self._note_startup()
             found = self._board.world_size
             if found is not None and found != self._config.training_ranks:
                 raise WorldSizeMismatch(
@@ -143,6 +146,15 @@ class Launcher:
             since = max(started, self._generator.ready_at)
             if message := stalled(self._board, self._patience, started=since, now=time.monotonic()):
                 raise Stalled(message)
+
+    def _note_startup(self) -> None:
+        board = self._board
+        stepped = bool(board.step)
+        reached = {"generator": self._generator.ready_at is not None, "trainer": board.last_update is not None, "first_step": stepped}
+        if self._startup.look(**reached):
+            board.startup = dict(self._startup.seconds)
+            if stepped:
+                print(f"launcher: seconds from the pod's start: {self._startup.describe()}", flush=True)
 
     async def _obey_signals(self) -> None:
         assert self._stop_signal is not None

@@ -89,6 +89,10 @@ class LauncherReport(ApiModel):
     )
     generator_ready: bool = Field(description="Whether vLLM has answered since the pod started.")
     progress: Progress = Field(default_factory=Progress)
+    startup: dict[str, float] = Field(
+        default_factory=dict,
+        description="Seconds from the pod's start until the launcher ran, the generator answered, the trainer spoke, the first step was made.",
+    )
     metrics: dict[str, str] = Field(default_factory=dict, description="The latest value of every metric reported, as text.")
 
 
