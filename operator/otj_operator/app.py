@@ -45,6 +45,13 @@ def build_registry(controller: Controller) -> kopf.OperatorRegistry:
     async def pod_event(event: kopf.RawEvent, **_: Any) -> None:
         controller.pod_changed(dict(event["object"]), deleted=event["type"] == "DELETED")
 
+    if controller.workloads is not None:
+        kueue = controller.workloads
+
+        @kopf.on.event(kueue.group, kueue.version, kueue.plural, registry=registry)
+        async def workload_event(event: kopf.RawEvent, **_: Any) -> None:
+            controller.workload_changed(dict(event["object"]), deleted=event["type"] == "DELETED")
+
     @kopf.on.login(registry=registry)
     async def login(**_: Any) -> kopf.ConnectionInfo:
         return connection(await load_configuration())

@@ -37,6 +37,10 @@ class Run:
 
         return eventually(f"{self.name}: {kind}={status} {reason or ''}, but {self.condition(kind)}", look)
 
+    def change(self, spec: Object) -> None:
+        """Merge `spec` into the job's."""
+        self.server.kubectl("patch", "otj", self.name, "--type=merge", "-p", json.dumps({"spec": spec}))
+
     def created(self) -> Object:
         """Wait for the Job, and return it."""
         self.wait("Created")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from otj_runtime.api.lifecycle import CHANGEABLE, FIXED
 from tests.cluster.host import REPOSITORY, ClusterError
 from tests.contract.apiserver import ApiServer
 from tests.unit.api.specs import INVALID, VALID, Invalid, changed
@@ -39,13 +42,51 @@ def test_a_variable_may_be_set_only_once(server: ApiServer) -> None:
         server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(changed({"env": twice})))
 
 
-def test_a_run_cannot_be_changed_once_it_exists(server: ApiServer) -> None:
-    server.kubectl("create", "-f", "-", stdin=json.dumps(changed({}, name="fixed")))
-    for patch in ({"gpus": 8}, {"dataset": {"args": {"length": 9}}}, {"env": [{"name": "A", "value": "1"}]}):
-        with pytest.raises(ClusterError, match="a run cannot be changed once it exists: delete it and apply it again"):
-            server.kubectl("patch", "otj", "fixed", "--type=merge", "-p", json.dumps({"spec": patch}))
-    server.kubectl("label", "otj", "fixed", "team=a")
+CHANGES: dict[str, Any] = {
+    "algorithm": "OnlineDPO",
+    "model": {"name": "builtin/other"},
+    "dataset": {"args": {"length": 9}},
+    "rewards": [{"function": "mine.rewards.score"}],
+    "gpus": 8,
+    "generation": {"enablePrefixCaching": False},
+    "training": {"learning_rate": 0.1},
+    "accelerate": {"config": {"a": 1}},
+    "image": "another",
+    "imagePullPolicy": "Always",
+    "resources": {"trainer": {"limits": {"memory": "1Gi"}}},
+    "env": [{"name": "A", "value": "2"}],
+    "volumes": [{"name": "v", "emptyDir": {"medium": "Memory"}}],
+    "volumeMounts": [{"name": "v", "mountPath": "/w"}],
+    "nodeSelector": {"a": "b"},
+    "tolerations": [{"operator": "Exists"}],
+    "affinity": {"nodeAffinity": {}},
+    "priorityClassName": "high",
+    "serviceAccountName": "other",
+    "output": {"saveSteps": 7},
+    "accelerator": {"device": "cpu"},
+    "managedBy": "example.com/other",
+}
+"""A change of each field that cannot change."""
+
+
+def test_what_cannot_change_is_refused_with_the_reason_and_what_to_do(server: ApiServer) -> None:
+    pieces = {"env": [{"name": "A", "value": "1"}], "volumes": [{"name": "v", "emptyDir": {}}]}
+    server.kubectl("create", "-f", "-", stdin=json.dumps(changed(pieces, name="fixed")))
+    for name, value in CHANGES.items():
+        words = f"{name}: cannot change once the run exists, because {FIXED[name]}; delete it and apply it again"
+        with pytest.raises(ClusterError, match=re.escape(words)):
+            server.kubectl("patch", "otj", "fixed", "--type=merge", "-p", json.dumps({"spec": {name: value}}))
+    assert FIXED.keys() - CHANGES.keys() == {"nodes", "trainer"}, "nodes has one value, and trainer excludes dataset"
     server.kubectl("delete", "otj", "fixed")
+
+
+@pytest.mark.parametrize("name", CHANGEABLE)
+def test_what_may_change_may_be_set_changed_and_removed(server: ApiServer, name: str) -> None:
+    server.kubectl("create", "-f", "-", stdin=json.dumps(changed({}, name="loose")))
+    for value in [True, None] if name == "suspend" else [5, 7, None]:
+        server.kubectl("patch", "otj", "loose", "--type=merge", "-p", json.dumps({"spec": {name: value}}))
+    server.kubectl("label", "otj", "loose", "team=a")
+    server.kubectl("delete", "otj", "loose")
 
 
 def test_the_api_server_fills_in_the_defaults_that_users_see(server: ApiServer) -> None:

@@ -111,7 +111,7 @@ def test_a_job_that_is_removed_the_moment_it_ends_has_still_succeeded(server: Ap
 def test_a_suspended_job_is_created_suspended_and_says_so(server: ApiServer) -> None:
     run = Run(server, "paused", {"suspend": True})
     assert run.created()["spec"]["suspend"] is True
-    run.wait("Running", status="False", reason="JobSuspended")
+    run.wait("Suspended", reason="JobSuspended")
     assert run.object()["status"]["state"] == "Suspended"
 
 

@@ -5,8 +5,6 @@ Only the kubelet is played: a test writes how containers end, and Kubernetes dec
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from otj_runtime.api import Reason
@@ -82,14 +80,15 @@ def test_a_finished_job_that_is_removed_by_its_ttl_stays_succeeded(managed_serve
     assert run.object()["status"]["state"] == "Succeeded"
 
 
-def test_a_suspended_job_runs_when_its_job_is_resumed(managed_server: ApiServer, kubelet: Kubelet) -> None:
+def test_a_run_that_was_made_suspended_runs_when_it_is_resumed(managed_server: ApiServer, kubelet: Kubelet) -> None:
     run = Run(managed_server, "paused", {"suspend": True})
-    run.wait("Running", status="False", reason="JobSuspended")
+    run.wait("Suspended", reason="JobSuspended")
     assert pods(managed_server, "paused") == []
-    managed_server.kubectl("patch", "job", "paused", "--type=merge", "-p", json.dumps({"spec": {"suspend": False}}))
+    run.change({"suspend": False})
     (pod,) = eventually("a pod", lambda: pods(managed_server, "paused"))
     kubelet.run_pod(pod)
     run.wait("Running")
+    run.wait("Suspended", status="False", reason="NotSuspended")
 
 
 def test_deleting_a_run_leaves_nothing_behind(managed_server: ApiServer, kubelet: Kubelet) -> None:

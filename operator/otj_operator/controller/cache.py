@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from otj_operator.plan import JobView, Key, Parent, PodView
+from otj_operator.plan import JobView, Key, Parent, PodView, WorkloadView
 
 
 class View(Protocol):
@@ -90,6 +90,7 @@ class Cache:
         self.parents: Shelf[Parent] = Shelf()
         self.jobs: Shelf[JobView] = Shelf()
         self.pods: Shelf[PodView] = Shelf()
+        self.workloads: Shelf[WorkloadView] = Shelf()
         self._ends: dict[Key, JobView] = {}
 
     def remove_job(self, view: JobView) -> None:
@@ -103,6 +104,12 @@ class Cache:
         candidates = (*self.jobs.of(parent.key), *filter(None, [self._ends.get(parent.key)]))
         own = (job for job in candidates if job.owner is not None and job.owner.uid == parent.uid)
         return next(own, None) or self.jobs.newest(parent.key)
+
+    def workload_of(self, job: JobView | None) -> WorkloadView | None:
+        """What Kueue keeps about `job`."""
+        if job is None:
+            return None
+        return next((workload for workload in self.workloads.of(job.key) if workload.job_uid == job.uid), None)
 
     def forget_end(self, key: Key) -> None:
         """The end of the Job of `key` is written down, or nobody asks for it any more."""

@@ -20,7 +20,7 @@ from otj_operator.controller.queue import KeyedQueue
 from otj_operator.controller.reconcile import Reconciler
 from otj_operator.controller.settings import Settings
 from otj_operator.kube import JOBS, ONLINE_TRAINING_JOBS, PODS, ApiError, Cluster, FencedError, Resource
-from otj_operator.plan import JobView, Key, Parent, PodView
+from otj_operator.plan import JobView, Key, Parent, PodView, WorkloadView
 from otj_runtime.pod import names
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,27 @@ class Controller:
         if names.JOB_LABEL in raw["metadata"].get("labels", {}):
             self._changed(self._cache.pods, PodView.of(raw), deleted)
 
+    def workload_changed(self, raw: Object, *, deleted: bool) -> None:
+        """A watch told of a Workload of Kueue's."""
+        view = WorkloadView.of(raw)
+        if view.job_uid:
+            self._changed(self._cache.workloads, view, deleted)
+
+    @property
+    def workloads(self) -> Resource | None:
+        """Where the cluster keeps Kueue's Workloads, as of the last listing; None where there is no Kueue."""
+        return self._reconciler.workloads
+
     async def listed(self) -> None:
         """List everything once, take it into the cache and queue what changed by it."""
         parents = await self._list(ONLINE_TRAINING_JOBS, Parent, self._cache.parents, "")
         jobs = await self._list(JOBS, JobView, self._cache.jobs, OWN)
         pods = await self._list(PODS, PodView, self._cache.pods, f"{OWN},{names.JOB_LABEL}")
-        for key in parents | jobs | pods:
+        # A Kueue that is installed later is noticed here; its Workloads are watched from the operator's next start on.
+        version = await self._cluster.preferred_version(names.KUEUE)
+        self._reconciler.workloads = Resource(names.KUEUE, version, "workloads") if version is not None else None
+        workloads = await self._list(self.workloads, WorkloadView, self._cache.workloads, "") if self.workloads is not None else set()
+        for key in parents | jobs | pods | workloads:
             self._queue.add(key)
         self._listed_at = time.monotonic()
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from otj_operator.controller import changes
 from otj_operator.controller.cache import Cache
-from otj_operator.kube import EVENTS, JOBS, ONLINE_TRAINING_JOBS, ApiError, Cluster
-from otj_operator.plan import Create, JobView, Key, Look, Observed, Parent, Refusal, RefusalKind, Report, Settle, plan
+from otj_operator.kube import EVENTS, JOBS, ONLINE_TRAINING_JOBS, ApiError, Cluster, Resource
+from otj_operator.plan import Ask, Create, JobView, Key, Look, Observed, Parent, Patch, Refusal, RefusalKind, Report, Settle, Told, plan
 from otj_operator.plan.draft import finished
 from otj_operator.plan.events import Event, event_object
 from otj_operator.plan.planner import taken
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 Object = dict[str, Any]
 
+STEPS = 8
+"""More than a pass can need: a look, a creation, a patch of the Job and one of its Workload, a question, and the end."""
+
 
 class Reconciler:
     """Brings single jobs to where they should be."""
@@ -32,6 +36,9 @@ class Reconciler:
     def __init__(self, cluster: Cluster, cache: Cache, *, image: str, report_of: Callable[[Key], Report | None]) -> None:
         self._cluster, self._cache, self._image, self._report_of = cluster, cache, image, report_of
         self._written: dict[Key, datetime] = {}
+        self._told: dict[Key, Told] = {}
+        self.workloads: Resource | None = None
+        """Where the cluster keeps Kueue's Workloads, if it does."""
 
     async def reconcile(self, key: Key) -> Settle | None:
         """One pass; None if the job is gone.
@@ -42,25 +49,35 @@ class Reconciler:
         parent = self._cache.parents.newest(key)
         if parent is None:
             self._written.pop(key, None)
+            self._told.pop(key, None)
             self._cache.forget_end(key)
             return None
+        job = self._cache.job_of(parent)
         observed = Observed(
             parent=parent,
-            job=self._cache.job_of(parent),
+            job=job,
+            workload=self._cache.workload_of(job),
+            told=self._told.get(key),
             pods=self._cache.pods.of(key),
             report=self._report_of(key),
             written_at=self._written.get(key),
         )
-        for _ in range(3):
+        for _ in range(STEPS):
             match plan(observed, now=datetime.now(UTC), image=self._image):
                 case Look():
                     observed = await self._look(observed)
-                case Create(job):
-                    observed = await self._create(observed, job)
+                case Create(manifest):
+                    observed = await self._create(observed, manifest)
+                case Patch() as change:
+                    observed = await changes.patch(self._cluster, self._cache, observed, change, workloads=self.workloads)
+                case Ask(uid):
+                    observed = await changes.ask(self._cluster, observed, uid)
+                    if observed.told is not None:
+                        self._told[key] = observed.told
                 case Settle() as settled:
                     await self._settle(observed.parent, settled)
                     return settled
-        raise AssertionError(f"{key}: a plan that asks for more than one look and one creation")
+        raise AssertionError(f"{key}: a plan that never settles")
 
     async def _look(self, observed: Observed) -> Observed:
         key = observed.parent.key

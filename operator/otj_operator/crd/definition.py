@@ -7,6 +7,7 @@ from typing import Any
 from otj_operator.crd.schema import Schema, structural_schema
 from otj_operator.crd.training import job_rules, training_schema
 from otj_runtime.api import GROUP, KIND, PLURAL, SHORT_NAME, SINGULAR, VERSION, OnlineTrainingJobSpec, OnlineTrainingJobStatus
+from otj_runtime.api.lifecycle import CHANGEABLE, FIXED
 
 NAME = f"{PLURAL}.{GROUP}"
 
@@ -18,16 +19,14 @@ COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Reward", "string", ".status.progress.reward", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),
     ("s/step", "string", ".status.progress.secondsPerStep", 1),
+    ("KL", "string", ".status.progress.kl", 1),
+    ("Tokens/s", "string", ".status.progress.tokensPerSecond", 1),
+    ("ETA", "string", ".status.progress.eta", 1),
+    ("Checkpoint", "date", ".status.progress.checkpointTime", 1),
     ("Restarts", "integer", ".status.restarts", 1),
     ("Message", "string", ".status.message", 1),
 )
 """Columns: title, type, path, priority (1 shows with `-o wide`)."""
-
-# The Job is created once, so a changed spec would be a wish that nobody grants.
-_IMMUTABLE = {
-    "rule": "self == oldSelf",
-    "message": "spec: a run cannot be changed once it exists: delete it and apply it again, or give the new run another name",
-}
 
 
 def custom_resource_definition() -> dict[str, Any]:
@@ -63,12 +62,25 @@ def custom_resource_definition() -> dict[str, Any]:
     }
 
 
+def fixed_rules() -> list[Schema]:
+    """One transition rule per field that cannot change, at `spec`: only there is it seen that a field comes or goes."""
+    may = ", ".join(CHANGEABLE)
+    return [
+        {
+            "rule": f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
+            "message": f"{name}: cannot change once the run exists, because {why}; delete it and apply it again, or give the new run "
+            f"another name. Only {may} may change.",
+        }
+        for name, why in FIXED.items()
+    ]
+
+
 def object_schema() -> Schema:
     """The schema of a whole object."""
     spec = structural_schema(OnlineTrainingJobSpec, defaults=True)
     training = spec["properties"]["training"]
     spec["properties"]["training"] = training_schema(training["description"])
-    spec["x-kubernetes-validations"] += [*job_rules(), _IMMUTABLE]
+    spec["x-kubernetes-validations"] += [*job_rules(), *fixed_rules()]
     return {
         "description": "A run of online training: part of its accelerators generate with vLLM, the others train.",
         "type": "object",

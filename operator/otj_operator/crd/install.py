@@ -11,7 +11,7 @@ from otj_operator.crd.definition import NAME as CRD_NAME
 from otj_operator.crd.definition import custom_resource_definition
 from otj_operator.main import LEASE_NAME
 from otj_runtime.api import GROUP, PLURAL
-from otj_runtime.pod.names import NON_ROOT_UID
+from otj_runtime.pod.names import KUEUE, NON_ROOT_UID
 
 Manifest = dict[str, Any]
 
@@ -45,9 +45,10 @@ def _rights() -> list[Manifest]:
         _rule(GROUP, f"{PLURAL}/status", "patch"),
         # Where OwnerReferencesPermissionEnforcement is on, a child that blocks its owner's deletion needs this right.
         _rule(GROUP, f"{PLURAL}/finalizers", "update"),
-        _rule("batch", "jobs", "create", "get", "list", "watch"),
+        _rule("batch", "jobs", "create", "get", "list", "patch", "watch"),
+        _rule(KUEUE, "workloads", "list", "patch", "watch"),
         _rule("", "pods", "list", "watch"),
-        _rule("", "events", "create"),
+        _rule("", "events", "create", "list"),
         _rule("apiextensions.k8s.io", "customresourcedefinitions", "get") | {"resourceNames": [CRD_NAME]},
     ]
     at_home = [

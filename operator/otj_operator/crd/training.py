@@ -33,9 +33,14 @@ def job_rules() -> list[Schema]:
         (name, algorithm)
         for name, argument in sorted(training_arguments().items())
         for algorithm in Algorithm
-        if algorithm not in argument.defaults
+        if algorithm not in argument.defaults and _visible(argument)
     )
     return [*(_algorithm_rule(name, algorithm) for name, algorithm in foreign), _batch_rule(), _script_rule()]
+
+
+def _visible(argument: Argument) -> bool:
+    """Whether CEL can see the argument: one that may have several types has none in the schema. The operator's own check sees it."""
+    return len(argument.types) == 1
 
 
 def _argument(argument: Argument) -> Schema:
@@ -86,7 +91,7 @@ def _algorithm_rule(name: str, algorithm: Algorithm) -> Schema:
 
 def _script_rule() -> Schema:
     """The object is always there, by its default, so each of its fields is asked for."""
-    given = " || ".join(f"has(self.training.{name})" for name in sorted(training_arguments()))
+    given = " || ".join(f"has(self.training.{name})" for name, argument in sorted(training_arguments().items()) if _visible(argument))
     return {"rule": f"!has(self.trainer) || !({given})", "message": f"training: {NOT_FOR_SCRIPTS}"}
 
 

@@ -54,12 +54,14 @@ class Cluster:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._api.close()
 
-    async def list(self, resource: Resource, *, labels: str = "") -> tuple[list[Object], str]:
-        """All objects in all namespaces that `labels` selects, and the resource version they were read at."""
+    async def list(
+        self, resource: Resource, *, namespace: str | None = None, labels: str = "", fields: str = ""
+    ) -> tuple[list[Object], str]:
+        """All objects that `labels` and `fields` select, in one namespace or all, and the resource version they were read at."""
         items: list[Object] = []
-        query = {"limit": str(PAGE), "labelSelector": labels}
+        query = {"limit": str(PAGE), "labelSelector": labels, "fieldSelector": fields}
         while True:
-            page = await self._call("GET", resource.path() + "?" + urlencode(query))
+            page = await self._call("GET", resource.path(namespace) + "?" + urlencode(query))
             items += page["items"]
             query["continue"] = page["metadata"].get("continue", "")
             if not query["continue"]:
@@ -82,6 +84,20 @@ class Cluster:
         """Replace an object; its resourceVersion guards against a write in between (409)."""
         metadata = body["metadata"]
         return await self._write("PUT", resource.path(metadata["namespace"], metadata["name"]), body)
+
+    async def merge(self, resource: Resource, body: Object, *, namespace: str, name: str) -> Object:
+        """Merge `body` into an object; 409 if it names a resourceVersion and the object has changed since."""
+        return await self._write("PATCH", resource.path(namespace, name), body, content_type="application/merge-patch+json")
+
+    async def preferred_version(self, group: str) -> str | None:
+        """The version of an API group that the cluster prefers, or None if it does not serve the group."""
+        try:
+            found = await self._call("GET", f"/apis/{group}")
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+        return str(found["preferredVersion"]["version"])
 
     async def set_status(self, resource: Resource, *, namespace: str, name: str, status: Object, resource_version: str) -> Object:
         """Replace the whole status; 409 if the object has changed since `resource_version`."""

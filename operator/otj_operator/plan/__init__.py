@@ -1,11 +1,12 @@
 """The operator's decisions, as pure functions: what was observed goes in, what to do and to say comes out. No I/O, no clock."""
 
 from otj_operator.plan.events import Event
-from otj_operator.plan.observed import JobView, Key, Observed, Parent, PodView, Refusal, RefusalKind, Report
+from otj_operator.plan.observed import JobView, Key, Observed, Parent, PodView, Refusal, RefusalKind, Report, Told, WorkloadView
 from otj_operator.plan.planner import plan
-from otj_operator.plan.steps import Create, Look, PollTarget, Settle, Step
+from otj_operator.plan.steps import Ask, Create, Look, Patch, PollTarget, Settle, Step, Target
 
 __all__ = [
+    "Ask",
     "Create",
     "Event",
     "JobView",
@@ -14,11 +15,15 @@ __all__ = [
     "Observed",
     "Parent",
     "PodView",
+    "Patch",
     "PollTarget",
     "Refusal",
     "RefusalKind",
     "Report",
     "Settle",
     "Step",
+    "Target",
+    "Told",
+    "WorkloadView",
     "plan",
 ]

@@ -45,7 +45,9 @@ def pod_cause(pod: PodView) -> Cause | None:
             return _container_cause(container)
     if pod.phase != "Failed":
         return None
-    return Cause(Reason.POD_FAILED, f"pod {pod.name}: {pod.reason or 'failed'}: {pod.message or 'Kubernetes gives no message'}")
+    rejected = pod.reason == "UnexpectedAdmissionError" or pod.reason.startswith("OutOf")
+    reason = Reason.DEVICE_PLUGIN_REJECTED if rejected else Reason.POD_FAILED
+    return Cause(reason, f"pod {pod.name}: {pod.reason or 'failed'}: {pod.message or 'Kubernetes gives no message'}")
 
 
 def _container_cause(container: ContainerView) -> Cause:

@@ -10,16 +10,25 @@ from datetime import UTC, datetime
 from typing import Any
 
 from otj_operator.plan.observed import Parent
+from otj_operator.plan.progress import at_rest
 from otj_runtime.api import Condition, ConditionType, OnlineTrainingJobStatus, Progress, Reason
 
 _WORDS: dict[str, str] = {
     Reason.TRAINING: "Running",
     Reason.STARTING: "Starting",
     Reason.JOB_SUSPENDED: "Suspended",
+    Reason.SUSPENDED_ELSEWHERE: "Suspended",
+    Reason.QUEUE_DEACTIVATED: "Suspended",
+    Reason.SUSPENDING: "Suspending",
+    Reason.WAITING_FOR_QUEUE: "Queued",
+    Reason.DELETING: "Deleting",
     Reason.RETRYING: "Retrying",
     Reason.POD_PENDING: "Pending",
 }
 """`state` by the reason of the condition Running; any other reason means that the pod is on its way out."""
+
+_OVER = (ConditionType.GENERATOR_READY, ConditionType.RUNNING, ConditionType.WEIGHTS_IN_SYNC, ConditionType.PROGRESSING)
+"""Conditions that are False for one and the same reason once nothing runs any more."""
 
 
 class Draft:
@@ -28,38 +37,59 @@ class Draft:
     def __init__(self, parent: Parent, now: datetime) -> None:
         present = known_status(parent.status)
         self._generation, self._now = parent.generation, timestamp(now)
+        self.again_after: float | None = None
         self._before = {condition.type: condition for condition in present.conditions}
         self._conditions = dict(self._before)
         self.job_name = present.job_name
+        self.job_uid = present.job_uid
+        self.pod_name = present.pod_name
         self.start_time = present.start_time
         self.completion_time = present.completion_time
         self.restarts = present.restarts
+        self.restarts_counted = present.restarts_counted
         self.progress = present.progress
 
     def say(self, kind: ConditionType, status: bool, reason: Reason, message: str = "") -> None:
         """Set a condition; without a message the reason's advice stands in for it."""
+        self.quote(kind, status, reason, message or reason.advice)
+
+    def quote(self, kind: ConditionType, status: bool, reason: str, message: str) -> None:
+        """Set a condition in somebody else's words."""
         before = self._before.get(kind)
         word = "True" if status else "False"
         self._conditions[kind] = Condition(
             type=kind,
             status="True" if status else "False",
             reason=reason,
-            message=(message or reason.advice)[:32768],
+            message=message[:32768],
             last_transition_time=before.last_transition_time if before and before.status == word else self._now,
             observed_generation=self._generation,
         )
 
+    def rest(self, reason: Reason, message: str = "", *, cause: tuple[Reason, str] | None = None) -> None:
+        """Nothing runs: say so of everything that then cannot be. `cause` is why nothing moves, where that is more exact."""
+        for kind in _OVER:
+            if kind is not ConditionType.WEIGHTS_IN_SYNC or kind in self._before:
+                self.say(kind, False, *((cause or (reason, message)) if kind is ConditionType.PROGRESSING else (reason, message)))
+        self.progress = at_rest(self.progress)
+
     def keep(self, kind: ConditionType) -> None:
         """Say of the present generation what was said before."""
-        self._conditions[kind] = self._before[kind].model_copy(update={"observed_generation": self._generation})
+        if kind in self._before:
+            self._conditions[kind] = self._before[kind].model_copy(update={"observed_generation": self._generation})
 
     def end(self, kind: ConditionType, reason: Reason, message: str, *, time: str | None = None) -> None:
         """Set a terminal condition, and with it everything that is over."""
-        self.say(ConditionType.RUNNING, False, reason, message)
-        if ConditionType.GENERATOR_READY in self._conditions:
-            self.say(ConditionType.GENERATOR_READY, False, reason, message)
+        self.rest(reason, message)
+        self.say(ConditionType.SUSPENDED, False, reason, message)
+        for said in (ConditionType.QUOTA_RESERVED, ConditionType.CHECKPOINT_FRESH):
+            self.keep(said)
         self.say(kind, True, reason, message)
         self.completion_time = time or self._now
+
+    def wake(self, seconds: float) -> None:
+        """Decide again in `seconds` at the latest."""
+        self.again_after = seconds if self.again_after is None else min(self.again_after, seconds)
 
     def before(self, kind: ConditionType) -> Condition | None:
         """The condition as the present status has it."""
@@ -75,9 +105,12 @@ class Draft:
             conditions=conditions,
             observed_generation=self._generation,
             job_name=self.job_name,
+            job_uid=self.job_uid,
+            pod_name=self.pod_name,
             start_time=self.start_time,
             completion_time=self.completion_time,
             restarts=self.restarts,
+            restarts_counted=self.restarts_counted,
             progress=self.progress,
         ).to_wire()
 
@@ -111,7 +144,10 @@ def _summary(conditions: dict[str, Condition]) -> tuple[str, str | None]:
     for kind, word in ((ConditionType.FAILED, "Failed"), (ConditionType.SUCCEEDED, "Succeeded")):
         if kind in conditions:
             return word, conditions[kind].message
-    running, created = conditions.get(ConditionType.RUNNING), conditions.get(ConditionType.CREATED)
+    running, progressing = conditions.get(ConditionType.RUNNING), conditions.get(ConditionType.PROGRESSING)
     if running is not None:
-        return _WORDS.get(running.reason, "Ending"), running.message
+        # What does not move says why; the reason of Running is the wider one, and makes the word.
+        cause = progressing if progressing is not None and progressing.status == "False" else running
+        return _WORDS.get(running.reason, "Ending"), cause.message
+    created = conditions.get(ConditionType.CREATED)
     return "Pending", created.message if created else None

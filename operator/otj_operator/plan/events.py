@@ -1,7 +1,7 @@
 """Kubernetes Events for transitions: what `kubectl describe` shows as the job's story.
 
-An event's name is made from what it tells, so that an operator that is started again, or writes twice, tells nothing twice: the API
-server refuses the second one.
+An event's name is made from what it tells and the ten minutes in which it does, so that an operator that is started again, or writes
+twice, or watches something flap, tells nothing twice: the API server refuses the second one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,27 @@ Object = dict[str, Any]
 _MESSAGE_LIMIT = 1024
 _NORMAL = frozenset(
     {
-        *(Reason.JOB_CREATED, Reason.JOB_SUSPENDED, Reason.POD_PENDING, Reason.GENERATOR_STARTING, Reason.GENERATOR_SERVING),
-        *(Reason.TRAINING, Reason.STARTING, Reason.FINISHED),
+        *(
+            Reason.JOB_CREATED,
+            Reason.JOB_SUSPENDED,
+            Reason.SUSPENDING,
+            Reason.NOT_SUSPENDED,
+            Reason.WAITING_FOR_QUEUE,
+            Reason.GENERATOR_SERVING,
+        ),
+        *(Reason.TRAINING, Reason.STARTING, Reason.FINISHED, Reason.CHECKPOINT_SAVED),
     }
 )
-_UNTOLD = frozenset({Reason.POD_PENDING, Reason.GENERATOR_STARTING})
-"""States that every job passes and that have their own tellers (scheduler, kubelet)."""
+_UNTOLD = frozenset(
+    {
+        *(Reason.POD_PENDING, Reason.GENERATOR_STARTING, Reason.NO_SYNC_YET, Reason.WEIGHTS_PROVEN, Reason.NO_CHECKPOINT_YET),
+        *(Reason.CHECKPOINT_SAVED, Reason.OUTPUT_NOT_KEPT, Reason.DELETING),
+    }
+)
+"""States that every job passes, or that are no news: scheduler and kubelet tell of the first."""
+
+_SAME_STORY_CHARACTERS = len("2026-01-01T12:0")
+"""The same words within ten minutes are one Event: a generator that flaps must not fill the namespace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +55,9 @@ def transitions(before: Object, after: Object, *, time: str) -> tuple[Event, ...
     old = {c["type"]: (c["status"], c["reason"]) for c in before.get("conditions", [])}
     changed = [c for c in after.get("conditions", []) if old.get(c["type"]) != (c["status"], c["reason"])]
     ends = [c for c in changed if c["type"] in (ConditionType.SUCCEEDED, ConditionType.FAILED)]
-    # At the end of a job every condition changes for the same reason: tell it once.
-    told = ends or [c for c in changed if c["reason"] not in _UNTOLD]
+    # At the end of a job every condition changes for the same reason, some a moment before the end itself: tell the end, once.
+    ending = after.get("state") == "Ending"
+    told = ends or [c for c in changed if _news(c, old, ending=ending)]
     by_reason = {c["reason"]: c for c in told}
     return tuple(
         Event(type="Normal" if reason in _NORMAL else "Warning", reason=reason, message=c["message"][:_MESSAGE_LIMIT], time=time)
@@ -49,9 +65,18 @@ def transitions(before: Object, after: Object, *, time: str) -> tuple[Event, ...
     )
 
 
+def _news(condition: Object, old: dict[str, tuple[str, str]], *, ending: bool) -> bool:
+    kind, reason = condition["type"], condition["reason"]
+    if kind == ConditionType.QUOTA_RESERVED:
+        return False  # Kueue tells that itself, of the Workload
+    if reason in _UNTOLD or (ending and reason != Reason.TERMINATED):
+        return False
+    return reason != Reason.NOT_SUSPENDED or old.get(kind, ("False",))[0] == "True"
+
+
 def event_object(event: Event, *, involved: Object, component: str) -> Object:
     """The core/v1 Event about the object that `involved` refers to."""
-    told = "\0".join((involved["uid"], event.type, event.reason, event.message, event.time))
+    told = "\0".join((involved["uid"], event.type, event.reason, event.message, event.time[:_SAME_STORY_CHARACTERS]))
     digest = hashlib.sha256(told.encode()).hexdigest()[:16]
     return {
         "apiVersion": "v1",

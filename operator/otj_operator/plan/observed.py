@@ -11,7 +11,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from otj_runtime.api.lifecycle import OPERATOR
 from otj_runtime.pod import names
+from otj_runtime.pod.manifest import job_labels
 from otj_runtime.pod.metrics import LauncherReport
 
 Object = dict[str, Any]
@@ -28,8 +30,34 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What Kubernetes lets change of a Job that exists; as the spec names them, and the Job too."""
+
+    backoff_limit: int
+    active_deadline_seconds: int | None
+    ttl_seconds_after_finished: int | None
+
+    @classmethod
+    def of(cls, spec: Object) -> Limits:
+        """The limits in the spec of an OnlineTrainingJob or of a Job."""
+        return cls(
+            backoff_limit=spec.get("backoffLimit", 3),
+            active_deadline_seconds=spec.get("activeDeadlineSeconds"),
+            ttl_seconds_after_finished=spec.get("ttlSecondsAfterFinished"),
+        )
+
+    def to_wire(self) -> Object:
+        """The fields, None where there is no limit."""
+        return {
+            "backoffLimit": self.backoff_limit,
+            "activeDeadlineSeconds": self.active_deadline_seconds,
+            "ttlSecondsAfterFinished": self.ttl_seconds_after_finished,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parent:
-    """An OnlineTrainingJob. `document` is what the user wrote, unparsed."""
+    """An OnlineTrainingJob. `document` is what the user wrote, unparsed: it may be anything that an older CRD let pass."""
 
     key: Key
     uid: str
@@ -54,6 +82,36 @@ class Parent:
             document={"apiVersion": raw["apiVersion"], "kind": raw["kind"], "metadata": carried, "spec": raw.get("spec")},
             status=raw.get("status") or {},
         )
+
+    @property
+    def spec(self) -> Object:
+        """The spec as it was written."""
+        return self.document["spec"] or {}
+
+    @property
+    def paused(self) -> bool:
+        """Whether the user wants it suspended."""
+        return self.spec.get("suspend") is True
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this operator's to act on."""
+        return bool(self.spec.get("managedBy", OPERATOR) == OPERATOR)
+
+    @property
+    def queue(self) -> str:
+        """The Kueue queue that it asks for, or nothing."""
+        return str(self.document["metadata"].get("labels", {}).get(names.QUEUE_LABEL, ""))
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether its checkpoints outlive a pod."""
+        return bool((self.spec.get("output") or {}).get("claimName"))
+
+    @property
+    def save_steps(self) -> int:
+        """Steps between two checkpoints."""
+        return int((self.spec.get("output") or {}).get("saveSteps", 50))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +142,12 @@ class JobView:
     deleting: bool
     owner: Owner | None
     suspended: bool
+    suspended_by_us: bool
+    queue: str
+    labelled: bool
+    limits: Limits
     pods_made: int
+    pods_failed: int
     completed: JobEnd | None
     failed: JobEnd | None
     failing: JobEnd | None
@@ -106,10 +169,59 @@ class JobView:
             deleting="deletionTimestamp" in metadata,
             owner=_owner(metadata),
             suspended=bool(raw["spec"].get("suspend")),
+            suspended_by_us=_marked(metadata),
+            queue=(metadata.get("labels") or {}).get(names.QUEUE_LABEL, ""),
+            labelled=job_labels(metadata["name"]).items() <= (metadata.get("labels") or {}).items(),
+            limits=Limits.of(raw["spec"]),
             pods_made=sum(status.get(count) or 0 for count in ("active", "succeeded", "failed")),
+            pods_failed=status.get("failed") or 0,
             completed=ends.get("Complete"),
             failed=ends.get("Failed"),
             failing=ends.get("FailureTarget"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A condition of somebody else's, in its own words."""
+
+    status: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadView:
+    """What Kueue keeps about a Job. Its key is the Job's."""
+
+    key: Key
+    name: str
+    uid: str
+    resource_version: str
+    job_uid: str
+    active: bool
+    paused_by_us: bool
+    quota: Verdict | None
+    evicted: Verdict | None
+
+    @classmethod
+    def of(cls, raw: Object) -> WorkloadView:
+        """The view of an object as the API server sends it; one that no Job owns concerns nobody here and has an empty key."""
+        metadata, spec = raw["metadata"], raw.get("spec") or {}
+        owner = _owner(metadata)
+        of_job = owner is not None and owner.kind == "Job"
+        said = {c["type"]: c for c in (raw.get("status") or {}).get("conditions") or []}
+        evicted = said.get("Evicted")
+        return cls(
+            key=Key(metadata["namespace"], owner.name if owner is not None and of_job else ""),
+            name=metadata["name"],
+            uid=metadata["uid"],
+            resource_version=metadata["resourceVersion"],
+            job_uid=owner.uid if owner is not None and of_job else "",
+            active=spec.get("active", True) is not False,
+            paused_by_us=_marked(metadata),
+            quota=_verdict(said["QuotaReserved"]) if "QuotaReserved" in said else None,
+            evicted=_verdict(evicted) if evicted is not None and evicted.get("status") == "True" else None,
         )
 
 
@@ -138,6 +250,8 @@ class PodView:
     job_uid: str
     created: str
     deleting: bool
+    due: str
+    """When it must have ended, once it is being deleted."""
     phase: str
     reason: str
     message: str
@@ -169,6 +283,7 @@ class PodView:
             job_uid=owner.uid if owner else "",
             created=metadata["creationTimestamp"],
             deleting="deletionTimestamp" in metadata,
+            due=metadata.get("deletionTimestamp", ""),
             phase=status.get("phase", "Pending"),
             reason=status.get("reason", ""),
             message=status.get("message", ""),
@@ -191,6 +306,22 @@ class Report:
     body: LauncherReport
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What the API server's Events last warned of about one object; empty words if of nothing."""
+
+    uid: str
+    reason: str = ""
+    message: str = ""
+    at: datetime
+
+    @classmethod
+    def of(cls, uid: str, events: list[Object], *, at: datetime) -> Told:
+        """The newest warning among `events`."""
+        newest: Object = max(events, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "", default={})
+        return cls(uid=uid, reason=newest.get("reason", ""), message=newest.get("message", ""), at=at)
+
+
 class RefusalKind(StrEnum):
     """Why the Job could not be created."""
 
@@ -206,7 +337,7 @@ class RefusalKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """The answer to an attempt to create the Job in this pass."""
+    """The answer to an attempt to create the Job in this pass, or (kind FORBIDDEN or INVALID) to change it."""
 
     kind: RefusalKind
     message: str
@@ -226,6 +357,8 @@ class Observed:
     pods: tuple[PodView, ...] = ()
     report: Report | None = None
     refusal: Refusal | None = None
+    workload: WorkloadView | None = None
+    told: Told | None = None
     written_at: datetime | None = None
 
 
@@ -234,6 +367,14 @@ def _owner(metadata: Object) -> Owner | None:
         if reference.get("controller"):
             return Owner(kind=reference["kind"], name=reference["name"], uid=reference["uid"])
     return None
+
+
+def _marked(metadata: Object) -> bool:
+    return bool((metadata.get("annotations") or {}).get(names.SUSPENDED_BY_ANNOTATION) == names.MANAGED_BY)
+
+
+def _verdict(condition: Object) -> Verdict:
+    return Verdict(status=condition["status"], reason=condition.get("reason", ""), message=condition.get("message", ""))
 
 
 def _end(condition: Object) -> JobEnd:

@@ -10,11 +10,19 @@ from otj_runtime.pod.metrics import LauncherReport
 
 
 def merged(before: Progress | None, told: Progress | None) -> Progress | None:
-    """`before` with every field that `told` has."""
-    if told is None:
+    """`before` with every field that `told` has; None rather than an empty one."""
+    if told is None or not told.model_dump(exclude_none=True):
         return before
     values = (before.model_dump(exclude_none=True) if before else {}) | told.model_dump(exclude_none=True)
     return _with_steps(Progress.model_validate(values))
+
+
+def at_rest(progress: Progress | None) -> Progress | None:
+    """`progress` without what only holds while steps are made: an estimated end must not stand where nothing moves."""
+    if progress is None:
+        return None
+    passing = ("remaining_seconds", "eta", "tokens_per_second", "trainer_idle", "generator_idle")
+    return progress.model_copy(update=dict.fromkeys(passing))
 
 
 def at_the_end(before: Progress | None, pod: PodView | None) -> Progress | None:
@@ -25,14 +33,26 @@ def at_the_end(before: Progress | None, pod: PodView | None) -> Progress | None:
         return None
     total = progress.total_steps
     done = {"step": total} if total is not None else {}
-    return _with_steps(progress.model_copy(update={**done, "remaining_seconds": 0}))
+    return _with_steps(progress.model_copy(update={**done, "remaining_seconds": None}))
 
 
 def _with_steps(progress: Progress) -> Progress:
     if progress.step is None:
         return progress
     total = f"/{progress.total_steps}" if progress.total_steps is not None else ""
-    return progress.model_copy(update={"steps": f"{progress.step}{total}"})
+    return progress.model_copy(update={"steps": f"{progress.step}{total}", "eta": _duration(progress.remaining_seconds)})
+
+
+def _duration(seconds: int | None) -> str | None:
+    """Seconds for people, to about two digits: 45s, 12m, 2h05m, 3d4h."""
+    if seconds is None:
+        return None
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d{hours % 24}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02}m"
+    return f"{minutes}m" if minutes else f"{seconds}s"
 
 
 def _last_words(pod: PodView) -> Progress | None:

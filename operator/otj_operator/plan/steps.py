@@ -1,8 +1,9 @@
-"""What a decision can be. One pass takes at most a Look, a Create and a Settle, in this order."""
+"""What a decision can be. Looks, asks, creations and patches are answered within the same pass, which ends with a Settle."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from otj_operator.plan.events import Event
@@ -19,6 +20,29 @@ class Create:
     """Create this Job, and decide again with the answer."""
 
     job: Manifest
+
+
+class Target(StrEnum):
+    """What can be patched, always an object that belongs to the job."""
+
+    JOB = "Job"
+    WORKLOAD = "Workload"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """Merge `body` into the object, which carries the version that was seen, and decide again with the answer."""
+
+    target: Target
+    name: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask the API server what its Events warn of about the object with this uid, and decide again."""
+
+    uid: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,4 +66,4 @@ class Settle:
     again_after: float | None = None
 
 
-Step = Look | Create | Settle
+Step = Look | Create | Patch | Ask | Settle

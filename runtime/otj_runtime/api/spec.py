@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from otj_runtime.api.base import ApiModel, Rule
 from otj_runtime.api.inputs import DatasetSpec, PathText, RewardSpec, ShortText
+from otj_runtime.api.lifecycle import OPERATOR
 from otj_runtime.api.training import NOT_FOR_SCRIPTS, Algorithm, check_training
 
 PodPiece = dict[str, Any]
@@ -247,15 +248,34 @@ class OnlineTrainingJobSpec(ApiModel):
     )
     output: OutputSpec = Field(default_factory=OutputSpec, description="Checkpoints, the final model and caches.")
     accelerator: AcceleratorSpec = Field(default_factory=AcceleratorSpec, description="What the job counts as a GPU.")
-    suspend: bool = Field(False, description="Create the Job suspended: no pod runs until the Job is resumed. Default: false.")
+    suspend: bool = Field(
+        False,
+        description="Pause the run: its pod saves a checkpoint and frees its accelerators; false goes on from there. May change at any "
+        "time. Under Kueue it deactivates the Workload. Default: false.",
+    )
     backoff_limit: int = Field(
-        3, ge=0, le=1000, description="Pod failures that are retried; errors of the user's input never are. Default: 3."
+        3,
+        ge=0,
+        le=1000,
+        description="Pod failures that are retried; errors of the user's input never are, evicted and preempted pods always. May change "
+        "while the run goes. Default: 3.",
     )
     active_deadline_seconds: int | None = Field(
-        None, ge=1, description="Seconds the job may run in all before it fails. Default: no limit."
+        None,
+        ge=1,
+        le=2147483647,
+        description="Seconds the job may run before it fails, counted anew after each resume. May change while the run goes. Default: no limit.",
     )
     ttl_seconds_after_finished: int | None = Field(
-        None, ge=0, description="Seconds after which a finished Job and its pod are removed. Default: they are kept."
+        None,
+        ge=0,
+        le=2147483647,
+        description="Seconds after which a finished Job and its pod are removed; this object stays. May change while the run goes. "
+        "Default: they are kept.",
+    )
+    managed_by: Annotated[str, Field(min_length=3, max_length=63, pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] | None = Field(
+        None,
+        description=f"Controller of this object, as domain/name. Any but {OPERATOR} is left alone by the operator. Default: {OPERATOR}.",
     )
 
     rules = (

@@ -11,6 +11,17 @@ from otj_runtime.pod.metrics import LauncherReport, TrainerStatus
 REWARD_NAMES = ("reward", "objective/scores")
 """Metrics that hold the mean reward: our name and TRL's GRPOTrainer's, then the name of TRL's OnlineDPOTrainer."""
 
+READINGS: dict[str, tuple[str, ...]] = {
+    "reward": REWARD_NAMES,
+    "kl": ("kl", "objective/kl"),
+    "tokens_per_second": ("tokens_per_second",),
+    "sync_seconds": ("sync/total_s",),
+    "staleness": ("staleness", "staleness/mean"),
+    "trainer_idle": ("idle/trainer", "trainer_idle"),
+    "generator_idle": ("idle/generator", "generator_idle"),
+}
+"""Fields of the progress document and the metrics that they come from, the first that is there."""
+
 
 class Board:
     """The latest state of the run."""
@@ -20,6 +31,10 @@ class Board:
         self.ended = False
         self.startup: dict[str, float] = {}
         """Seconds from the pod's start to the phases reached so far."""
+        self.overdue: str | None = None
+        """What to say of a step that is late."""
+        self.checkpoint: tuple[int, float] | None = None
+        """Steps in the newest complete checkpoint, and seconds since the epoch at which it was saved."""
         self.last_update: float | None = None
         """Monotonic time of the last update."""
         self._metrics: dict[str, str] = {}
@@ -32,7 +47,7 @@ class Board:
         """Take in one update that arrived at monotonic time `now`."""
         self._metrics |= {metric.name: metric.value for metric in status.metrics}
         self.last_update = now
-        self._updated = (wall or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._updated = _timestamp(wall or datetime.now(UTC))
         if status.estimatedRemainingSeconds is not None:
             self._remaining = (now, status.estimatedRemainingSeconds)
         self._measure(now)
@@ -54,6 +69,9 @@ class Board:
         except (KeyError, ValueError):
             return None
         return value if math.isfinite(value) else None
+
+    def _first(self, names: tuple[str, ...]) -> float | None:
+        return next((value for name in names if (value := self.number(name)) is not None), None)
 
     def _count(self, name: str) -> int | None:
         value = self.number(name)
@@ -91,20 +109,31 @@ class Board:
 
     def report(self) -> LauncherReport:
         """The progress document."""
-        reward = next((value for name in REWARD_NAMES if (value := self.number(name)) is not None), None)
+        readings = {field: self._first(names) for field, names in READINGS.items()}
         seconds = self.seconds_per_step
         step, total = self.step, self.total_steps
         progress = Progress(
             step=step,
             total_steps=total,
-            reward=None if reward is None else f"{reward:.4g}",
+            **{field: None if value is None else f"{value:.4g}" for field, value in readings.items()},
             seconds_per_step=None if seconds is None else f"{seconds:.4g}",
             remaining_seconds=self._remaining_seconds(),
             policy_version=self._count("policy_version"),
             world_size=self.world_size,
+            checkpoint_step=None if self.checkpoint is None else self.checkpoint[0],
+            checkpoint_time=None if self.checkpoint is None else _timestamp(datetime.fromtimestamp(self.checkpoint[1], UTC)),
             last_updated=self._updated or None,
         )
         phase = "ended" if self.ended else "training" if step else "starting"
         return LauncherReport(
-            phase=phase, generator_ready=self.generator_ready, progress=progress, startup=self.startup, metrics=self._metrics
+            phase=phase,
+            generator_ready=self.generator_ready,
+            overdue=self.overdue,
+            progress=progress,
+            startup=self.startup,
+            metrics=self._metrics,
         )
+
+
+def _timestamp(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

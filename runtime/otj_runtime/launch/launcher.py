@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from otj_runtime.launch import accelerate, preflight, server, verdict
 from otj_runtime.launch.board import Board
 from otj_runtime.launch.generator import GeneratorWatch
 from otj_runtime.launch.ranks import Ranks
-from otj_runtime.launch.watchdog import Patience, stalled
+from otj_runtime.launch.resumption import judge_failure, watch_checkpoints
+from otj_runtime.launch.watchdog import Patience, overdue, stalled
 from otj_runtime.pod.commands import script_arguments
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import ExitCode, FailureNote, RunError, Stalled, Terminated, WorldSizeMismatch, exit_code
@@ -67,6 +69,7 @@ class Launcher:
         self._board.ended = True
         termination_log = Path(self._config.termination_log)
         if note is not None:
+            note = judge_failure(note, output=Path(self._config.output), job=self._config.uid, step=self._board.step)
             return conclude(note, termination_log)
         # Nobody can pull it from the port any more. Without the metrics it is short enough for a termination message.
         leave(json.dumps(self._board.report().model_copy(update={"metrics": {}}).to_wire()), termination_log)
@@ -110,6 +113,7 @@ class Launcher:
                 [
                     self._generator.run(),
                     self._watch_progress(started=time.monotonic()),
+                    watch_checkpoints(Path(self._config.output), self._board),
                     preflight.check_inputs(self._config),
                     self._obey_signals(),
                 ],
@@ -141,6 +145,7 @@ class Launcher:
                 raise WorldSizeMismatch(
                     f"the trainer reports {found} ranks, gpus - generation.gpus is {self._config.training_ranks}: check spec.accelerate.config"
                 )
+            self._board.overdue = overdue(self._board, self._patience, now=time.monotonic(), wall=datetime.now(UTC))
             if self._generator.ready_at is None:
                 continue  # that wait has its own deadline
             since = max(started, self._generator.ready_at)

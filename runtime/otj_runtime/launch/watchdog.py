@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from otj_runtime.launch.board import Board
 
@@ -40,3 +41,30 @@ def stalled(board: Board, patience: Patience, *, started: float, now: float) -> 
         last = board.total_steps is not None and board.step >= board.total_steps
         awaited = f"the end after the last step, {board.step}" if last else f"step {board.step + 1} of {board.total_steps or '?'}"
     return f"no progress for {silence:.0f} s while waiting for {awaited}; the limit is {limit:.0f} s" if silence > limit else None
+
+
+OVERDUE_FACTOR = 4.0
+"""A step that takes this many times as long as the last one is worth a word."""
+
+OVERDUE_SECONDS = 60.0
+"""And at least this long: short steps vary more."""
+
+
+def overdue(board: Board, patience: Patience, *, now: float, wall: datetime) -> str | None:
+    """The sentence for people while a step is late but not yet given up. It names moments, not durations, so that it stays the same.
+
+    Args:
+        now: monotonic time.
+        wall: the same moment by the clock.
+    """
+    usual = board.seconds_per_step
+    if board.last_update is None or not board.step or usual is None or board.step == board.total_steps:
+        return None
+    if now - board.last_update <= max(OVERDUE_SECONDS, OVERDUE_FACTOR * usual):
+        return None
+    last = wall - timedelta(seconds=now - board.last_update)
+    until = last + timedelta(seconds=max(patience.step, patience.step_factor * usual))
+    return (
+        f"Step {board.step + 1} of {board.total_steps or '?'} is overdue: the last one took {usual:.3g} s and ended at {last:%H:%M:%S}Z; "
+        f"without another the pod fails as Stalled at {until:%H:%M:%S}Z."
+    )

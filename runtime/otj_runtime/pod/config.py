@@ -39,6 +39,7 @@ class PodConfig(ApiModel):
 
     name: str
     namespace: str
+    uid: str = Field("", description="Identity of the OnlineTrainingJob; empty in a run that is no pod.")
     algorithm: Algorithm
     model_path: str = Field(description="Folder of the model; the model container fills it when the job names a model.")
     model_name: str | None = None
@@ -101,6 +102,7 @@ def resolve(job: OnlineTrainingJob, layout: Layout = Layout(), *, output: str | 
     return PodConfig(
         name=job.metadata.name,
         namespace=job.metadata.namespace,
+        uid=job.metadata.uid or "",
         algorithm=spec.algorithm,
         model_path=spec.model.path or f"{output}/.cache/models/{_folder(spec.model.name, spec.model.revision)}",
         model_name=spec.model.name,

@@ -61,6 +61,12 @@ class WorldSizeMismatch(RunError):
     reason = Reason.WORLD_SIZE_MISMATCH
 
 
+class NoNewCheckpoint(RunError):
+    """The run failed again and again at the same step, and another pod would start from the same checkpoint."""
+
+    reason = Reason.NO_NEW_CHECKPOINT
+
+
 class GeneratorNotReady(RunError):
     """The generator did not answer before its deadline."""
 
@@ -86,7 +92,8 @@ class Terminated(RunError):
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the trainer container. 64 to 79: the user's input, never retried; 80 to 99: retried up to backoffLimit.
+    """Exit codes of the trainer container. 64 to 79: the user's input, never retried; 80 to 99: retried up to backoffLimit, but
+    TERMINATED, which is what a pod answers that was told to stop, is not counted.
 
     The model container uses the same codes.
     """
@@ -99,6 +106,7 @@ class ExitCode(IntEnum):
     REWARD_FAILED = 68
     WORLD_SIZE_MISMATCH = 69
     WEIGHTS_DIVERGED = 70
+    NO_NEW_CHECKPOINT = 71
     GENERATOR_NOT_READY = 80
     GENERATOR_LOST = 81
     WEIGHT_SYNC_FAILED = 82

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from otj_runtime.api import OnlineTrainingJob
+from otj_runtime.api import API_VERSION, KIND, OnlineTrainingJob
 from otj_runtime.pod import commands, names
 from otj_runtime.pod.config import Layout, PodConfig, resolve
 from otj_runtime.pod.errors import ExitCode
@@ -36,7 +36,8 @@ def build_job(job: OnlineTrainingJob, *, default_image: str, layout: Layout = La
     """The Job of `job`. `layout` and `output` say where things lie, for a run that is no pod."""
     config = resolve(job, layout, output=output)
     spec = job.spec
-    labels = {names.JOB_LABEL: job.metadata.name, names.MANAGED_BY_LABEL: names.MANAGED_BY}
+    labels = job_labels(job.metadata.name)
+    topology = {key: value for key, value in job.metadata.annotations.items() if key.startswith(names.COPIED_ANNOTATIONS)}
     body = {
         "suspend": spec.suspend,
         "completions": 1,
@@ -48,36 +49,49 @@ def build_job(job: OnlineTrainingJob, *, default_image: str, layout: Layout = La
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": _failure_policy(),
         "template": {
-            "metadata": {"labels": labels, "annotations": {"sidecar.istio.io/inject": "false"}},
+            "metadata": {"labels": labels, "annotations": {"sidecar.istio.io/inject": "false"} | topology},
             "spec": _pod(job, config, layout, default_image),
         },
     }
-    metadata: Manifest = {"name": job.metadata.name, "namespace": job.metadata.namespace, "labels": labels}
+    # Kueue reads its labels on the Job alone: on a pod they would make it manage the pod as well.
+    queue = {name: job.metadata.labels[name] for name in names.COPIED_LABELS if name in job.metadata.labels}
+    metadata: Manifest = {"name": job.metadata.name, "namespace": job.metadata.namespace, "labels": labels | queue}
+    if spec.suspend:
+        metadata["annotations"] = {names.SUSPENDED_BY_ANNOTATION: names.MANAGED_BY}
     if job.metadata.uid is not None:
-        metadata["ownerReferences"] = [_owner(job)]
+        metadata["ownerReferences"] = [owner_reference(name=job.metadata.name, uid=job.metadata.uid)]
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": _without_nothing(body)}
 
 
-def _owner(job: OnlineTrainingJob) -> Manifest:
-    return {
-        "apiVersion": job.api_version,
-        "kind": job.kind,
-        "name": job.metadata.name,
-        "uid": job.metadata.uid,
-        "controller": True,
-        "blockOwnerDeletion": True,
-    }
+def job_labels(name: str) -> dict[str, str]:
+    """Labels of the Job and the pods of the OnlineTrainingJob `name`, by which the operator and people find them."""
+    return {names.JOB_LABEL: name, names.MANAGED_BY_LABEL: names.MANAGED_BY}
+
+
+def owner_reference(*, name: str, uid: str) -> Manifest:
+    """What makes an OnlineTrainingJob the controller of its Job: deleting it deletes the Job, after the Job if asked for foreground."""
+    return {"apiVersion": API_VERSION, "kind": KIND, "name": name, "uid": uid, "controller": True, "blockOwnerDeletion": True}
 
 
 def _failure_policy() -> Manifest:
-    """A drained or preempted pod is not counted; a user's error ends the job at once. Rules name their container, because exit
-    codes of the sidecar would match too."""
+    """Which failures end the Job at once, and which are not counted. Rules name their container, because exit codes of the sidecar
+    would match too.
+
+    Not counted is a pod that was drained, preempted or evicted (DisruptionTarget), or told to stop in another way, such as by a
+    suspended Job. A pod that a node's device plugin rejects is counted: it has neither condition nor exit code, and one bad node
+    can make thousands in an hour.
+    """
     permanent = [int(code) for code in ExitCode if code.permanent]
     fail = [
         {"action": "FailJob", "onExitCodes": {"containerName": name, "operator": "In", "values": permanent}}
         for name in (names.TRAINER_CONTAINER, names.MODEL_CONTAINER)
     ]
-    return {"rules": [*fail, {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]}
+    stopped = {"containerName": names.TRAINER_CONTAINER, "operator": "In", "values": [int(ExitCode.TERMINATED)]}
+    ignore = [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "Ignore", "onExitCodes": stopped},
+    ]
+    return {"rules": [*fail, *ignore]}
 
 
 def _pod(job: OnlineTrainingJob, config: PodConfig, layout: Layout, default_image: str) -> Manifest:

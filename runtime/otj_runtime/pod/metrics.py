@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -88,6 +88,9 @@ class LauncherReport(ApiModel):
         description="starting: no step yet; training: steps are made; ended: exit follows."
     )
     generator_ready: bool = Field(description="Whether vLLM has answered since the pod started.")
+    overdue: Annotated[str, Field(max_length=1024)] | None = Field(
+        None, description="While a step takes much longer than those before: what is waited for, since when, and when the run gives up."
+    )
     progress: Progress = Field(default_factory=Progress)
     startup: dict[str, float] = Field(
         default_factory=dict,

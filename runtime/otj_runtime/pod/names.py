@@ -8,6 +8,16 @@ JOB_LABEL = "onlinetraining.dev/job"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGED_BY = "online-training-operator"
 
+SUSPENDED_BY_ANNOTATION = "onlinetraining.dev/suspended-by"
+"""On a Job (or a Kueue Workload) that this operator suspended: only what it suspended does it ever resume."""
+
+KUEUE = "kueue.x-k8s.io"
+QUEUE_LABEL = f"{KUEUE}/queue-name"
+COPIED_LABELS = (QUEUE_LABEL, f"{KUEUE}/priority-class", f"{KUEUE}/max-exec-time-seconds")
+"""Labels that go from the OnlineTrainingJob to its Job: there Kueue reads them."""
+COPIED_ANNOTATIONS = f"{KUEUE}/podset-"
+"""Annotations that start so go to the pod template: Kueue's wishes about topology."""
+
 SHARED_MEMORY_VOLUME = "shared-memory"
 SCRATCH_VOLUME = "scratch"
 OUTPUT_VOLUME = "output"

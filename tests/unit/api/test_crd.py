@@ -14,6 +14,7 @@ from otj_operator.crd.check import violations
 from otj_operator.crd.definition import COLUMNS, custom_resource_definition, object_schema
 from otj_operator.crd.schema import structural_schema
 from otj_runtime.api import Algorithm, ApiModel, OnlineTrainingJobSpec, parse_job, training_arguments
+from otj_runtime.api.lifecycle import CHANGEABLE, FIXED
 from tests.unit.api.specs import VALID
 
 Object = dict[str, Any]
@@ -37,6 +38,11 @@ def test_the_crd_is_small_enough_for_client_side_apply() -> None:
 def test_kubectl_get_shows_the_run_at_a_glance() -> None:
     shown = [title.upper() for title, _, _, priority in COLUMNS if priority == 0]
     assert shown == ["ALGORITHM", "GPUS", "STATE", "STEP", "REWARD", "AGE"]
+
+
+def test_every_field_either_may_change_or_says_why_not() -> None:
+    assert {*CHANGEABLE, *FIXED} == {field.alias for field in OnlineTrainingJobSpec.model_fields.values()}
+    assert not set(CHANGEABLE) & FIXED.keys()
 
 
 def test_every_column_shows_a_field_of_the_schema() -> None:

@@ -63,3 +63,13 @@ def test_a_step_that_is_no_count_is_ignored(value: str) -> None:
     board = Board()
     board.absorb(status(current_step=value), now=1.0)
     assert board.report().progress.step is None
+
+
+def test_the_readings_come_from_our_metrics_and_the_checkpoint_from_the_folder() -> None:
+    board = Board()
+    metrics = {"kl": 0.0123456, "tokens_per_second": 812.3, "sync/total_s": 0.52, "staleness": 1}
+    board.absorb(status(current_step=3, **metrics), now=1.0)
+    board.checkpoint = (2, 0.0)
+    progress = board.report().progress
+    assert (progress.kl, progress.tokens_per_second, progress.sync_seconds, progress.staleness) == ("0.01235", "812.3", "0.52", "1")
+    assert (progress.checkpoint_step, progress.checkpoint_time) == (2, "1970-01-01T00:00:00Z")

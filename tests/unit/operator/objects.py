@@ -6,9 +6,11 @@ import copy
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from otj_operator.plan import JobView, Parent, PodView, Report
+from otj_operator.plan import JobView, Parent, PodView, Report, Told, WorkloadView
 from otj_runtime.api import Progress
+from otj_runtime.pod.manifest import job_labels
 from otj_runtime.pod.metrics import LauncherReport
+from otj_runtime.pod.names import MANAGED_BY, QUEUE_LABEL, SUSPENDED_BY_ANNOTATION
 from tests.unit.api.specs import changed
 
 Object = dict[str, Any]
@@ -22,9 +24,20 @@ def at(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
 
 
-def parent(*, status: Object | None = None, uid: str = "parent-1", generation: int = 1, deleting: bool = False, **changes: Any) -> Parent:
-    """An OnlineTrainingJob named run; further keywords change its spec."""
-    document = changed(changes)
+def parent(
+    *,
+    status: Object | None = None,
+    uid: str = "parent-1",
+    generation: int = 1,
+    deleting: bool = False,
+    queue: str = "",
+    claim: str = "",
+    **changes: Any,
+) -> Parent:
+    """An OnlineTrainingJob named run, in a Kueue queue and with an output claim if named; further keywords change its spec."""
+    document = changed(changes | ({"output.claimName": claim} if claim else {}))
+    if queue:
+        document["metadata"]["labels"] = {QUEUE_LABEL: queue}
     document["metadata"] |= {"uid": uid, "generation": generation, "resourceVersion": "1"}
     if deleting:
         document["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
@@ -41,10 +54,18 @@ def job(
     end: tuple[str, str] | None = None,
     message: str = "",
     version: int = 1,
+    marked: bool = False,
+    queue: str = "",
+    labelled: bool = True,
+    limits: Object | None = None,
     **counts: int,
 ) -> JobView:
-    """The Job named run. `end` is (Complete or Failed, reason); `counts` are active, succeeded and failed pods."""
-    metadata: Object = {"name": "run", "namespace": "default", "uid": uid, "resourceVersion": str(version)}
+    """The Job named run. `end` is (Complete or Failed, reason); `counts` are active, succeeded and failed pods; `marked` is whether
+    the operator suspended it."""
+    labels = (job_labels("run") if labelled else {}) | ({QUEUE_LABEL: queue} if queue else {})
+    metadata: Object = {"name": "run", "namespace": "default", "uid": uid, "resourceVersion": str(version), "labels": labels}
+    if marked:
+        metadata["annotations"] = {SUSPENDED_BY_ANNOTATION: MANAGED_BY}
     if owner is not None:
         metadata["ownerReferences"] = [{"kind": owner_kind, "name": "run", "uid": owner, "controller": True}]
     if deleting:
@@ -53,7 +74,34 @@ def job(
     if end is not None:
         time = "2026-01-01T13:00:00Z"
         conditions = [{"type": end[0], "status": "True", "reason": end[1], "message": message, "lastTransitionTime": time}]
-    return JobView.of({"metadata": metadata, "spec": {"suspend": suspend}, "status": {"conditions": conditions, **counts}})
+    spec = {"suspend": suspend, "backoffLimit": 3} | (limits or {})
+    return JobView.of({"metadata": metadata, "spec": spec, "status": {"conditions": conditions, **counts}})
+
+
+def workload(
+    *, active: bool = True, marked: bool = False, quota: tuple[str, str, str] | None = None, evicted: tuple[str, str] | None = None
+) -> WorkloadView:
+    """Kueue's Workload of the Job; `quota` is (status, reason, message), `evicted` (reason, message)."""
+    metadata: Object = {
+        "name": "job-run-1a2b3",
+        "namespace": "default",
+        "uid": "workload-1",
+        "resourceVersion": "1",
+        "ownerReferences": [{"kind": "Job", "name": "run", "uid": "job-1", "controller": True}],
+    }
+    if marked:
+        metadata["annotations"] = {SUSPENDED_BY_ANNOTATION: MANAGED_BY}
+    conditions = []
+    if quota is not None:
+        conditions.append({"type": "QuotaReserved", "status": quota[0], "reason": quota[1], "message": quota[2]})
+    if evicted is not None:
+        conditions.append({"type": "Evicted", "status": "True", "reason": evicted[0], "message": evicted[1]})
+    return WorkloadView.of({"metadata": metadata, "spec": {"active": active}, "status": {"conditions": conditions}})
+
+
+def told(reason: str, message: str, *, uid: str, seconds: float = 0) -> Told:
+    """A warning of the API server's Events."""
+    return Told.of(uid, [{"reason": reason, "message": message, "lastTimestamp": "2026-01-01T12:00:00Z"}], at=at(seconds))
 
 
 def pod(
@@ -64,6 +112,7 @@ def pod(
     created: str = "2026-01-01T12:00:10Z",
     ip: str = "10.0.0.7",
     deleting: bool = False,
+    due: str = "2026-01-01T12:02:00Z",
     unschedulable: str = "",
     reason: str = "",
     message: str = "",
@@ -81,7 +130,7 @@ def pod(
         "ownerReferences": [{"kind": "Job", "name": "run", "uid": job_uid, "controller": True}],
     }
     if deleting:
-        metadata["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+        metadata["deletionTimestamp"] = due
     scheduled = {"type": "PodScheduled", "status": "False" if unschedulable else "True", "message": unschedulable}
     status = {
         "phase": phase,

@@ -28,7 +28,7 @@ NOTE = FailureNote(reason=Reason.STALLED, message="no step for 600 s").to_json()
         (training_pod(trainer=ended(1)), "PodFailed", "exit code 1; read its log"),
         (pod(phase="Failed", model=ended(65, NOTE.replace("Stalled", "ModelNotFound"))), "ModelNotFound", "no step"),
         (pod(phase="Failed", reason="Evicted", message="low on memory"), "PodFailed", "pod run-1: Evicted: low on memory"),
-        (pod(phase="Failed", reason="UnexpectedAdmissionError"), "PodFailed", "UnexpectedAdmissionError"),
+        (pod(phase="Failed", reason="UnexpectedAdmissionError"), "DevicePluginRejected", "UnexpectedAdmissionError"),
     ],
 )
 def test_a_failed_pod_has_a_cause(seen: PodView, reason: str, words: str) -> None:

@@ -13,15 +13,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from otj_operator.plan import Create, JobView, Look, Observed, PodView, Report, Settle, plan
+from otj_operator.plan import Ask, Create, JobView, Look, Observed, PodView, Report, Settle, plan
 from otj_operator.plan.draft import finished
 from otj_operator.plan.planner import taken
 from otj_runtime.api import Reason
-from tests.unit.operator.objects import IMAGE, at, ended, job, parent, pod, report, running, training_pod
+from tests.unit.operator.objects import IMAGE, at, ended, job, parent, pod, report, running, told, training_pod
 
 Object = dict[str, Any]
 
-STATES = {"Pending", "Suspended", "Starting", "Running", "Ending", "Retrying", "Succeeded", "Failed"}
+STATES = {
+    *("Pending", "Queued", "Suspending", "Suspended", "Starting", "Running", "Ending", "Retrying", "Deleting", "Succeeded", "Failed"),
+}
 
 
 def conditions(status: Object) -> dict[str, Object]:
@@ -126,6 +128,8 @@ class World(RuleBasedStateMachine):
                     seen = self.observe(job_seen=self.job, absence_confirmed=self.job is None)
                 case Create():
                     seen = self.create(seen)
+                case Ask(uid):
+                    seen = replace(seen, told=told("FailedMount", "no volume", uid=uid, seconds=self.now))
                 case Settle():
                     break
         assert isinstance(step, Settle), "no end in sight"
@@ -176,7 +180,7 @@ class World(RuleBasedStateMachine):
 
     def check_fixpoint(self, seen: Observed) -> None:
         """With nothing new to see, a later pass has nothing to write."""
-        again = plan(replace(seen, parent=parent(status=self.status, generation=self.generation)), now=at(self.now + 100), image=IMAGE)
+        again = plan(replace(seen, parent=parent(status=self.status, generation=self.generation)), now=at(self.now), image=IMAGE)
         assert isinstance(again, Settle)
         assert again.status is None, f"a second pass writes again: {again.status}"
 

@@ -132,4 +132,10 @@ async def test_a_launcher_that_misbehaves_changes_nothing_and_is_asked_again(ans
 
 def test_the_report_is_what_the_launcher_is_said_to_write() -> None:
     report = LauncherReport(phase="starting", generator_ready=False)
-    assert json.loads(json.dumps(report.to_wire())) == {"phase": "starting", "generatorReady": False, "progress": {}, "metrics": {}}
+    assert json.loads(json.dumps(report.to_wire())) == {
+        "phase": "starting",
+        "generatorReady": False,
+        "progress": {},
+        "startup": {},
+        "metrics": {},
+    }
