@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from otj_runtime.pod.metrics import read_metrics
+from otj_runtime.train.checkpoints import checkpoint_step
 
 pytestmark = pytest.mark.integration
 
@@ -108,7 +109,8 @@ def test_a_stopped_run_saves_a_checkpoint_and_the_next_one_goes_on_from_it(tmp_p
     finish(process, deadline_s=90)
     checkpoints = sorted((tmp_path / "run" / "output").glob("checkpoint-*"))
     assert len(checkpoints) == 1
-    step = int(checkpoints[0].name.split("-")[1])
+    step = checkpoint_step(checkpoints[0])
+    assert step is not None
     process = otj_run("grpo-copy.yaml", tmp_path / "run", "--set", f"training.max_steps={step + 3}")
     output = finish(process, deadline_s=180)
     assert process.returncode == 0, output[-5000:]

@@ -41,9 +41,11 @@ class Prompts(Sequence[Sample]):
     Args:
         rows: the source's rows.
         renamed: the run's name -> the source's name, which is not visible any more.
+        source: what people call the source, if it has a name.
     """
 
-    def __init__(self, rows: Rows, renamed: dict[str, str]) -> None:
+    def __init__(self, rows: Rows, renamed: dict[str, str], *, source: str | None = None) -> None:
+        self.source = source
         self._rows = rows
         self._renamed = renamed
 
@@ -95,7 +97,7 @@ def load_prompts(spec: DatasetSpec, *, seed: int, split: str | None = None, limi
     elif not len(rows):
         raise DatasetInvalid(f"{source} has no rows: training needs at least one prompt")
     _check_columns(source, columns, spec.columns)
-    return _stream(source, rows, spec.columns, seed) if spec.streaming else Prompts(rows, spec.columns)
+    return _stream(source, rows, spec.columns, seed) if spec.streaming else Prompts(rows, spec.columns, source=source)
 
 
 def _check_columns(source: str, columns: list[str], renamed: dict[str, str]) -> None:

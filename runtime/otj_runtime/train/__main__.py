@@ -18,9 +18,7 @@ from otj_runtime.pod.errors import FailureNote, RunError, Terminated, exit_code
 from otj_runtime.train.assemble import Run, build_run
 from otj_runtime.train.checkpoints import newest_checkpoint
 from otj_runtime.train.heldout import answer_held_out
-
-FINAL_MODEL = "model"
-"""Folder of the trained model below the output folder."""
+from otj_runtime.train.saving import EXPORT
 
 
 def train(config: PodConfig, run: Run) -> None:
@@ -36,10 +34,11 @@ def train(config: PodConfig, run: Run) -> None:
             trainer.reporter.forget_after(-1)
         _answer(run)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if run.stop.stopped:
-        raise Terminated(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint was saved")
+    if trainer.stop.stopped:
+        saved = "a checkpoint was saved" if trainer.state.global_step else "there was nothing to save yet"
+        raise Terminated(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; {saved}")
     _answer(run)
-    trainer.save_model(str(Path(config.output) / FINAL_MODEL))
+    trainer.save_model(str(Path(config.output) / EXPORT))
 
 
 def _answer(run: Run) -> None:
@@ -63,7 +62,8 @@ def main() -> int:
     config = PodConfig.from_environment()
     try:
         run = build_run(config)
-        train(config, run)
+        with run.trainer.stop.listening():  # before the first step and after the last one, too
+            train(config, run)
         # Gloo's threads, if the interpreter ends under them, now and then abort a rank that has done all its work.
         run.trainer.accelerator.end_training()
     except Exception as error:

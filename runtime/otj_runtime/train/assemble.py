@@ -19,7 +19,6 @@ from otj_runtime.train.config import GRPOConfig, OnlineConfig, OnlineDPOConfig
 from otj_runtime.train.generator import pod_generator
 from otj_runtime.train.grpo import GRPOTrainer
 from otj_runtime.train.online_dpo import OnlineDPOTrainer
-from otj_runtime.train.signals import StopOnSignal
 from otj_runtime.train.trainer import OnlineTrainer
 
 
@@ -28,7 +27,6 @@ class Run:
     """A trainer with what surrounds it."""
 
     trainer: OnlineTrainer
-    stop: StopOnSignal
     held_out: list[dict[str, Any]]
 
 
@@ -86,7 +84,5 @@ def build_run(config: PodConfig) -> Run:
         per_engine=config.generator_gpus // config.generator_engines,
         staleness=config.rollout.staleness,
     )
-    stop = StopOnSignal(trainer.accelerator)
-    trainer.add_callback(stop)
     prepared: Any = trainer.eval_dataset or []
-    return Run(trainer=trainer, stop=stop, held_out=prepared[: arguments.eval_prompts])
+    return Run(trainer=trainer, held_out=prepared[: arguments.eval_prompts])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 GRPO_LOSSES = ("grpo", "gspo", "bnpo", "dr_grpo", "dapo", "cispo")
 """Values of `loss_type`; see `grpo`."""
@@ -32,6 +33,11 @@ class OnlineConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: rewards read the dataset's columns."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment trackers to report to."})
+    enable_jit_checkpoint: bool = field(default=True, metadata={"help": "Save a checkpoint and end on SIGTERM, within one micro-batch."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push to the hub: only end, with the finished model."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Set true for models of which a step may leave parameters unused, such as mixtures of experts."}
+    )
 
     num_generations: int = field(default=8, metadata={"help": "Completions sampled for each prompt; they form a group."})
     steps_per_generation: int | None = field(
@@ -89,6 +95,11 @@ class OnlineConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+        if self.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy: {self.hub_strategy} uploads the output folder, which holds checkpoints and caches, while training writes "
+                "to it; leave it at end"
+            )
         self._check_sampling()
         if self.use_liger_kernel:  # its fused loss needs labels, and replaces the forward whose output layer `logprobs` borrows
             self.liger_kernel_config = (self.liger_kernel_config or {}) | {"fused_linear_cross_entropy": False}

@@ -63,7 +63,7 @@ def connect(
     model: Any,
     end_tokens: set[int],
     prompts: Iterable[list[int]],
-    failure: Callable[[], str | None] = lambda: None,
+    failure: Callable[[], str | None] | None = None,
 ) -> Connection:
     """Both ways to `generator`; nothing is asked of it yet.
 

@@ -95,3 +95,9 @@ def source_of(model: Any) -> str | Path:
 def default_output(model: Any, method: str) -> str:
     """Output folder of a run that names none."""
     return f"{Path(source_of(model)).name or type(model).__name__}-{method}"
+
+
+def source_of_prompts(dataset: Any) -> str | None:
+    """Where the rows of `dataset` come from, if it says so: prompts of a job do, and datasets of the hub."""
+    source = getattr(dataset, "source", None) or getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return None if source is None else str(source)

@@ -37,6 +37,16 @@ class Meters:
             else:
                 self._values[name].append((value, weight))
 
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know: running totals, and what was noted since the last `take`."""
+        noted = {name: [(float(value), float(weight)) for value, weight in pairs] for name, pairs in self._values.items()}
+        return {"totals": dict(self._totals), "noted": noted}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._totals = defaultdict(float, state["totals"])
+        self._values = defaultdict(list, state["noted"])
+
     def take(self, accelerator: Any) -> dict[str, float]:
         """The averages (largest and smallest values, running totals) over all ranks since the last call. Collective.
 

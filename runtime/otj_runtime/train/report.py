@@ -52,9 +52,10 @@ class Reporter(TrainerCallback):
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps beyond `step`, which a resumed run makes again. The file is replaced at once."""
-        lines, _ = read_metrics(self._path)
+        lines, end = read_metrics(self._path)
         kept = [line for line in lines if line.step <= step]
-        if len(kept) < len(lines):
+        # A run that was killed may have left half a line, which the next one would go on writing.
+        if len(kept) < len(lines) or (self._path.exists() and end < self._path.stat().st_size):
             draft = self._path.with_suffix(".draft")
             draft.write_text("".join(json.dumps(line.to_wire()) + "\n" for line in kept))
             draft.replace(self._path)

@@ -27,6 +27,7 @@ from otj_runtime.train.batch import MicroBatch
 from otj_runtime.train.config import OnlineConfig
 from otj_runtime.train.meters import Meters
 from otj_runtime.train.report import Reporter
+from otj_runtime.train.signals import StopOnSignal, StopRequested
 
 
 class SyncReport(Protocol):
@@ -37,7 +38,10 @@ class SyncReport(Protocol):
 
 
 class Weights(Protocol):
-    """Brings the policy into the generator. Collective: every rank calls it."""
+    """Brings the policy into the generator. Collective: every rank calls it. `version` is the one that was pushed last."""
+
+    @property
+    def version(self) -> int | None: ...
 
     def push(self, version: int) -> SyncReport: ...
 
@@ -54,6 +58,11 @@ class Exclusive:
         self._weights = weights
         self._reinstall = reinstall
         self._lock = threading.Lock()
+
+    @property
+    def version(self) -> int | None:
+        """See `Weights`."""
+        return self._weights.version
 
     def push(self, version: int) -> SyncReport:
         """See `Weights`."""
@@ -76,6 +85,7 @@ class Sampler:
         weights: brings the policy into the generator; None if the engine uses the model itself.
         meters: takes what is measured.
         reporter: shows a few answers.
+        stop: ends a wait for rollouts.
         build: groups to the micro-batches of one iteration over them.
     """
 
@@ -88,6 +98,7 @@ class Sampler:
         weights: Weights | None,
         meters: Meters,
         reporter: Reporter,
+        stop: StopOnSignal,
         build: Callable[[list[Group]], list[MicroBatch]],
     ) -> None:
         self._config = config
@@ -95,8 +106,8 @@ class Sampler:
         self._weights = weights
         self._meters = meters
         self._reporter = reporter
+        self._stop = stop
         self._build = build
-        self._pushed_version: int | None = None
         self._syncs = 0
         self._pending: deque[MicroBatch] = deque()
         self._pipeline = Pipeline(rollouts, samples=samples, sampling=_sampling(config), ahead=config.staleness)
@@ -104,11 +115,10 @@ class Sampler:
 
     def push(self, version: int) -> None:
         """Bring the current policy into the generator as `version`, unless it is there already. Collective."""
-        if self._weights is None or self._pushed_version == version:
+        if self._weights is None or self._weights.version == version:
             return
         self._syncs += 1
         self._meters.add(self._weights.push(version).metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
-        self._pushed_version = version
 
     def next(self, *, step: int, max_steps: int) -> MicroBatch:
         """The next micro-batch of optimizer step `step`; at the first one of a generation, its rollouts are waited for.
@@ -116,6 +126,9 @@ class Sampler:
         Args:
             step: optimizer steps made.
             max_steps: optimizer steps to make in all; nothing is sampled for later ones.
+
+        Raises:
+            StopRequested: on every rank, if any was asked to stop.
         """
         if not self._pending:
             self._pending = self._sample(step, max_steps)
@@ -125,6 +138,15 @@ class Sampler:
         """Call off what is in flight: training ends."""
         self._pipeline.cancel()
 
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know: micro-batches that are still to be trained on, and how often weights were pushed."""
+        return {"pending": list(self._pending), "syncs": self._syncs}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._pending = deque(state["pending"])
+        self._syncs = state["syncs"]
+
     def _sample(self, step: int, max_steps: int) -> deque[MicroBatch]:
         began = time.monotonic()
         self.push(step)
@@ -132,7 +154,10 @@ class Sampler:
         per_step, per_generation = config.gradient_accumulation_steps, config.micro_batches_per_generation
         generation = step * per_step // per_generation
         self._pipeline.fill(generation, last=(max_steps * per_step - 1) // per_generation, policy_version=step)
-        taken = self._pipeline.take(generation)
+        taken = self._stop.attempt(lambda: self._pipeline.take(generation))
+        # Building batches is collective, so the ranks agree before it.
+        if self._stop.agreed() or taken is None:
+            raise StopRequested(f"asked to stop before step {step + 1}")
         measured = rollout_metrics(taken.groups) | overlap_metrics(taken, step)
         self._meters.add(measured | self._idle.take(waited=time.monotonic() - began))
         for name, (value, weight) in reward_metrics(taken.groups).items():

@@ -17,36 +17,33 @@ from __future__ import annotations
 
 import copy
 import time
-import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from otj_runtime.api import Algorithm
 from otj_runtime.data.tokenize import PROMPT_IDS, PromptEncoder
 from otj_runtime.rewards import Rewards, build_rewards
 from otj_runtime.rollout.collect import Rollouts
-from otj_runtime.rollout.transformers_engine import TransformersEngine
-from otj_runtime.rollout.types import Group, RolloutEngine
+from otj_runtime.rollout.types import Group
 from otj_runtime.train.batch import MicroBatch, Selection, collate, split
-from otj_runtime.train.checkpoints import INCOMPLETE, publish_checkpoint, remove_old_checkpoints
-from otj_runtime.train.child import ChildGenerator, ServerPlan, plan_server
+from otj_runtime.train.child import plan_server
 from otj_runtime.train.completions import CompletionTable
 from otj_runtime.train.config import OnlineConfig
+from otj_runtime.train.engine import make_engine
 from otj_runtime.train.evaluate import evaluate
-from otj_runtime.train.generator import Generator, connect
+from otj_runtime.train.generator import Generator
 from otj_runtime.train.loading import (
     default_output,
-    end_tokens,
     is_peft_model,
     load_model,
     load_tokenizer,
     source_of,
+    source_of_prompts,
     switch_off_dropout,
     with_adapter,
 )
@@ -54,14 +51,12 @@ from otj_runtime.train.logprobs import Scorer, Scores
 from otj_runtime.train.meters import Meters
 from otj_runtime.train.prompts import PromptLoader, PromptOrder, prepare_eval_prompts, prepare_prompts, prompt_order
 from otj_runtime.train.report import Reporter
-from otj_runtime.train.sampling import Sampler, Weights
-from otj_runtime.weights.ranks import Ranks
-
-START_SECONDS = 300.0
-"""How long ranks wait for rank 0 to start a generator's process; the generator itself may take longer."""
+from otj_runtime.train.sampling import Sampler
+from otj_runtime.train.saving import SavingTrainer
+from otj_runtime.train.signals import StopRequested
 
 
-class OnlineTrainer(Trainer):
+class OnlineTrainer(SavingTrainer):
     """Trains a causal language model on its own samples. Subclasses say which rows to train on and with which loss.
 
     With `args.use_vllm`, completions come from `generator`, or, without one, from a vLLM server that rank 0 starts and ends (see
@@ -90,7 +85,6 @@ class OnlineTrainer(Trainer):
     unit = 1
     """Consecutive rows that must stay in one micro-batch."""
 
-    algorithm: ClassVar[Algorithm]
     config_class: ClassVar[type[OnlineConfig]]
 
     def __init__(
@@ -121,11 +115,22 @@ class OnlineTrainer(Trainer):
         if peft_config is not None:
             policy = with_adapter(policy, peft_config)
         encoder = PromptEncoder(tokenizer, template_kwargs=args.chat_template_kwargs)
+        prompts_source = source_of_prompts(train_dataset)
         longest = prompt_limit(args, policy.config)
         train_dataset = prepare_prompts(train_dataset, encoder, args=args, max_tokens=longest)
         self._prepare_eval = partial(prepare_eval_prompts, encoder=encoder, args=args, max_tokens=longest)
+        rewards = reward_funcs if isinstance(reward_funcs, Rewards) else None
+        if rewards is None:
+            rewards = build_rewards(
+                reward_funcs, reward_weights=args.reward_weights, reward_processing_classes=reward_processing_classes, judge=judge
+            )
+        rewards.load()
+        self.config = args
         self.reporter = Reporter(output=Path(str(args.output_dir)), world_size=args.world_size)
         super().__init__(
+            base_model=str(source_of(model)),
+            dataset_name=prompts_source,
+            reward_names=rewards.names,
             model=policy,
             args=args,
             train_dataset=train_dataset,
@@ -137,22 +142,21 @@ class OnlineTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)  # the reporter's lines say the same, readably
         self.loss_is_scaled_for_ga = True  # `normalizer` already spans all micro-batches of a step
-        self.config = args
         self._prompts = train_dataset
         self._order: PromptOrder | None = None
-        self._output = Path(str(args.output_dir))
         self.reference = self.make_reference()
         self.meters = Meters()
         self._pad_id = tokenizer.pad_token_id
-        engine, self.weights = self._connect(generator, plan, encoder)
-        if not isinstance(reward_funcs, Rewards):
-            reward_funcs = build_rewards(
-                reward_funcs, reward_weights=args.reward_weights, reward_processing_classes=reward_processing_classes, judge=judge
-            )
-        reward_funcs.load()
-        self.rollouts = Rollouts(
-            engine=engine, encoder=encoder, rewards=reward_funcs, tokenizer=tokenizer, trainer_state=lambda: self.state
+        engine, self.weights = make_engine(
+            policy=self.accelerator.unwrap_model(self.model),
+            tokenizer=tokenizer,
+            prompts=(row[PROMPT_IDS] for row in train_dataset),
+            generator=generator,
+            plan=plan,
+            output=self._output,
+            owner=self,
         )
+        self.rollouts = Rollouts(engine=engine, encoder=encoder, rewards=rewards, tokenizer=tokenizer, trainer_state=lambda: self.state)
         self.completions = CompletionTable(self._output) if args.log_completions else None
         self.sampler = Sampler(
             config=args,
@@ -161,39 +165,10 @@ class OnlineTrainer(Trainer):
             weights=self.weights,
             meters=self.meters,
             reporter=self.reporter,
+            stop=self.stop,
             build=self._build_batches,
         )
-        self._resumed_from: str | None = None
-        self._random_state_restored = False
         self._step_began: float | None = None
-
-    def _connect(
-        self, generator: Generator | None, plan: ServerPlan | None, encoder: PromptEncoder
-    ) -> tuple[RolloutEngine, Weights | None]:
-        """The engine that completes prompts, and the way of the weights to it; starts the generator that `plan` describes."""
-        policy = self.accelerator.unwrap_model(self.model)
-        ends = end_tokens(policy, encoder.tokenizer)
-        failure: Callable[[], str | None] = lambda: None  # noqa: E731
-        if plan is not None:
-            generator, failure = self._start_child(plan, policy, encoder.tokenizer)
-        if generator is None:
-            return TransformersEngine(policy, pad_id=self._pad_id, eos_ids=ends), None
-        prompts = (row[PROMPT_IDS] for row in self._prompts)
-        connection = connect(generator, model=policy, end_tokens=ends, prompts=prompts, failure=failure)
-        return connection.engine, connection.weights
-
-    def _start_child(self, plan: ServerPlan, policy: Any, tokenizer: Any) -> tuple[Generator, Callable[[], str | None]]:
-        """Start the generator on rank 0; every rank learns where it is. It ends with the trainer, or the process."""
-        children: list[ChildGenerator] = []
-
-        def start() -> Generator:
-            child = ChildGenerator(plan, model=policy, tokenizer=tokenizer, output=self._output)
-            weakref.finalize(self, child.close)
-            children.append(child)
-            return child.generator
-
-        generator = Ranks(timeout_s=START_SECONDS).lead(start, phase="generator")
-        return generator, children[0].failure if children else lambda: None
 
     def make_reference(self) -> Any | None:
         """The base model, frozen, that the loss compares with; None if it needs none, or a PEFT model without its adapter is it."""
@@ -244,12 +219,16 @@ class OnlineTrainer(Trainer):
         self, epoch_iterator: Iterator[list[int]], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], None]:
         """The micro-batches of the next optimizer step, sampled now if the last generation is used up."""
-        self._load_rng_state(self._resumed_from)
+        self.begin_step()
         if self._step_began is None:
             self.push_weights()  # the first push waits for the generator's start, which is no part of a step
             self._step_began = time.monotonic()
         counted = sum(1 for _ in zip(range(num_batches), epoch_iterator, strict=False))
-        return [self.sampler.next(step=self.state.global_step, max_steps=self.state.max_steps) for _ in range(counted)], None
+        try:
+            return [self.sampler.next(step=self.state.global_step, max_steps=self.state.max_steps) for _ in range(counted)], None
+        except StopRequested:
+            self.stop.stop(self.control)
+            return [], None
 
     def _build_batches(self, groups: list[Group]) -> list[MicroBatch]:
         selection = self.select(groups)
@@ -322,19 +301,6 @@ class OnlineTrainer(Trainer):
         """transformers estimates this from a dictionary of inputs, which a micro-batch is not; it is reported nowhere."""
         return 0
 
-    # -- resuming ------------------------------------------------------------------------------------------------------------
-    # transformers restores the random state after it has asked for the first batch; here, asking is sampling. So it is restored
-    # before that, once.
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._resumed_from = resume_from_checkpoint
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self._random_state_restored:
-            super()._load_rng_state(checkpoint)
-            self._random_state_restored = True
-
     # -- evaluating ----------------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -356,7 +322,7 @@ class OnlineTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # -- reporting and saving ------------------------------------------------------------------------------------------------
+    # -- reporting and remembering ------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' log line plus everything measured since the last one, averaged over ranks. Collective."""
@@ -369,16 +335,14 @@ class OnlineTrainer(Trainer):
                 self.completions.write(self.state.global_step, first=self.is_world_process_zero())
         super().log(logs, start_time)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._output / INCOMPLETE)
+    def rank_state(self) -> dict[str, Any]:
+        """See `SavingTrainer`."""
+        return {"meters": self.meters.state(), "sampler": self.sampler.state()}
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            publish_checkpoint(self._output, self.state.global_step)
-            remove_old_checkpoints(self._output, keep=self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+    def restore_rank_state(self, state: dict[str, Any]) -> None:
+        """See `SavingTrainer`."""
+        self.meters.restore(state["meters"])
+        self.sampler.restore(state["sampler"])
 
 
 def prompt_limit(args: OnlineConfig, model_config: Any) -> int | None:

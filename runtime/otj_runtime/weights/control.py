@@ -39,10 +39,10 @@ class GeneratorControl:
 
     Args:
         url: where it listens, such as http://127.0.0.1:8000.
-        failure: says why it will never answer, where somebody knows; None while there is hope.
+        failure: says why it will never answer, or None while there is hope; only where somebody knows.
     """
 
-    def __init__(self, url: str, *, failure: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(self, url: str, *, failure: Callable[[], str | None] | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None or parts.port is None:
             raise ValueError(f"the generator's URL must look like http://host:port, not {url!r}")
@@ -67,8 +67,8 @@ class GeneratorControl:
         """
         end = time.monotonic() + deadline_s
         while not self.healthy():
-            if (failure := self._failure()) is not None:
-                raise GeneratorNotReady(failure)
+            if self._failure is not None and (words := self._failure()) is not None:
+                raise GeneratorNotReady(words)
             if time.monotonic() > end:
                 raise GeneratorNotReady(
                     f"the generator at {self._host}:{self._port} did not answer within {deadline_s:.0f} s: read the log of container "

@@ -123,6 +123,11 @@ class WeightSync:
         self._writer: MailboxWriter | None = None
         self._pushed: _Pushed | None = None
 
+    @property
+    def version(self) -> int | None:
+        """The version that was pushed last; None before the first."""
+        return None if self._pushed is None else self._pushed.version
+
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`. Collective.
 

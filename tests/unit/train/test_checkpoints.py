@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from otj_runtime.train.checkpoints import INCOMPLETE, complete_checkpoints, newest_checkpoint, publish_checkpoint, remove_old_checkpoints
+import pytest
+
+from otj_runtime.train.checkpoints import (
+    INCOMPLETE,
+    checkpoint_step,
+    complete_checkpoints,
+    forget_incomplete,
+    newest_checkpoint,
+    publish_checkpoint,
+    remove_old_checkpoints,
+)
 
 
 def incomplete(output: Path, step: int) -> None:
@@ -47,3 +57,15 @@ def test_only_the_newest_are_kept_and_never_none(tmp_path: Path) -> None:
 def test_folders_that_only_look_like_checkpoints_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-final").mkdir()
     assert complete_checkpoints(tmp_path) == []
+
+
+def test_what_a_killed_save_left_is_forgotten(tmp_path: Path) -> None:
+    incomplete(tmp_path, 5)
+    forget_incomplete(tmp_path)
+    forget_incomplete(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "step"), [("checkpoint-12", 12), ("checkpoint-", None), ("checkpoint-1a", None), ("model", None)])
+def test_the_name_tells_the_step(name: str, step: int | None) -> None:
+    assert checkpoint_step(Path("output") / name) == step
