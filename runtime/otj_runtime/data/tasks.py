@@ -5,6 +5,7 @@ Training and held-out samples never meet, whatever the seed: a rule on the sampl
     addition       "What is 3 + 4?", for a pretrained chat model. Held out are sums that are multiples of 4, so that an answer to one
                    has not been seen in training.
     copy, reverse  "abcd=" -> "abcd" or "dcba", for the tiny model. Held out is one string in as many as there are symbols.
+    reasoning_gym/NAME  any task of that package; see `puzzles`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+from otj_runtime.data.puzzles import PREFIX, make_puzzles
 from otj_runtime.data.tiny import SEPARATOR, SYMBOLS
 from otj_runtime.pod.errors import DatasetInvalid
 
@@ -33,8 +36,8 @@ HELD_OUT_SEED = 0
 class Samples:
     """Rows to train on, and rows kept for measuring."""
 
-    train: list[Sample]
-    held_out: list[Sample]
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +101,23 @@ TASKS = {
 }
 
 
+def _puzzles(name: str, *, seed: int, **args: Any) -> Samples:
+    train, held_out = make_puzzles(name, args, seed=seed)
+    return Samples(train=train, held_out=held_out)
+
+
 def find_task(name: str) -> Task:
     """The task `name`.
 
     Raises:
         DatasetInvalid: if there is none; the text lists those there are.
     """
+    if name.startswith(PREFIX):
+        return Task(make=partial(_puzzles, name), reward="otj_runtime.rewards.reasoning_gym")
     if name not in TASKS:
         close = get_close_matches(name, TASKS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise DatasetInvalid(f"dataset.task: there is no built-in task {name}; there are {', '.join(TASKS)}{hint}")
+        raise DatasetInvalid(f"dataset.task: there is no built-in task {name}; there are {', '.join(TASKS)} and {PREFIX}NAME{hint}")
     return TASKS[name]
 
 
@@ -118,6 +128,8 @@ def make_samples(name: str, args: dict[str, Any], *, seed: int) -> Samples:
         DatasetInvalid: if the task or an argument is unknown, or an argument has the wrong type or value.
     """
     task = find_task(name)
+    if name.startswith(PREFIX):
+        return task.make(**{"seed": seed} | args)  # its settings are the package's, which checks them
     known = inspect.signature(task.make).parameters
     for argument, value in args.items():
         if argument not in known:

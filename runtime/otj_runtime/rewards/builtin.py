@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import regex
+
 Message = dict[str, Any]
 Completion = str | Sequence[Message]
 
@@ -26,6 +28,35 @@ def exact_match(*, completions: Sequence[Completion], answer: Sequence[Any], **_
         float(completion_text(completion).strip() == str(expected).strip())
         for completion, expected in zip(completions, answer, strict=True)
     ]
+
+
+MATCH_SECONDS = 1.0
+"""How long matching a pattern against one completion may take: some patterns explode, and explode in all threads at once."""
+
+
+def format_match(*, completions: Sequence[Completion], pattern: str, whole: bool = True, **_: Any) -> list[float]:
+    """1 where the completion matches the regular expression `pattern`, a dot standing for line breaks too, else 0.
+
+    Args:
+        pattern: such as `<think>.*</think>\\s*<answer>.*</answer>`.
+        whole: match the whole completion, white space around it aside; else any part.
+
+    Raises:
+        TimeoutError: if the pattern takes longer than MATCH_SECONDS on a completion.
+    """
+    compiled = regex.compile(pattern, regex.DOTALL)
+    match = compiled.fullmatch if whole else compiled.search
+    return [float(match(completion_text(completion).strip(), timeout=MATCH_SECONDS) is not None) for completion in completions]
+
+
+def length_target(*, completion_ids: Sequence[Sequence[int]], tokens: int, **_: Any) -> list[float]:
+    """How near the completion's length is to `tokens`: 1 at it, falling evenly to 0 at none and at twice as many."""
+    return [max(0.0, 1.0 - abs(len(ids) - tokens) / tokens) for ids in completion_ids]
+
+
+def overlong_penalty(*, completion_ids: Sequence[Sequence[int]], max_tokens: int, soft_tokens: int, **_: Any) -> list[float]:
+    """0 up to `max_tokens - soft_tokens` tokens, then falling evenly to -1 at `max_tokens` (DAPO, arXiv:2503.14476, eq. 13)."""
+    return [-min(1.0, max(0.0, (len(ids) - max_tokens + soft_tokens) / soft_tokens)) for ids in completion_ids]
 
 
 def last_integer(*, completions: Sequence[Completion], answer: Sequence[int | str], **_: Any) -> list[float]:

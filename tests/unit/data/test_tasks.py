@@ -92,7 +92,7 @@ def test_the_right_answer_earns_the_tasks_whole_reward_and_a_wrong_one_less(name
 @pytest.mark.parametrize(
     ("name", "args", "words"),
     [
-        ("copie", {}, "no built-in task copie; there are addition, copy, reverse; did you mean copy?"),
+        ("copie", {}, "no built-in task copie; there are addition, copy, reverse and reasoning_gym/NAME; did you mean copy?"),
         ("copy", {"lenght": 4}, "dataset.args.lenght: task copy has no such argument; it has length, size, seed, symbols"),
         ("addition", {"length": 4}, "dataset.args.length: task addition has no such argument; it has seed"),
         ("copy", {"length": "4"}, "dataset.args.length: '4' is a str; task copy wants int"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otj_runtime.rewards import exact_match, last_integer, position_match
+from otj_runtime.rewards import exact_match, format_match, last_integer, length_target, overlong_penalty, position_match
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,22 @@ def test_a_message_is_judged_by_its_content(function: Any) -> None:
     messages = [{"role": "assistant", "content": "7"}]
     columns = {"prompts": [""], "completion_ids": [[1]], "other": [None]}
     assert function(completions=[messages], answer=["7"], **columns) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "score"),
+    [
+        ("<think>a\nb</think> <answer>c</answer>\n", True, 1.0),
+        ("so <think>a</think><answer>c</answer>", True, 0.0),
+        ("so <think>a</think><answer>c</answer>", False, 1.0),
+        ("<answer>c</answer>", False, 0.0),
+    ],
+)
+def test_a_format_is_matched_whole_or_in_part(text: str, whole: bool, score: float) -> None:
+    assert format_match(completions=[text], pattern=r"<think>.*</think>\s*<answer>.*</answer>", whole=whole) == [score]
+
+
+def test_lengths_are_rewarded_near_a_target_and_punished_near_the_limit() -> None:
+    ids = [[0] * length for length in (0, 5, 10, 15, 20, 30)]
+    assert length_target(completion_ids=ids, tokens=10) == [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    assert overlong_penalty(completion_ids=ids, max_tokens=20, soft_tokens=10) == [0.0, 0.0, 0.0, -0.5, -1.0, -1.0]
