@@ -4,7 +4,7 @@
     python -m tests.bench.step --device cuda                                               # one card, shared by both processes
 
 Each configuration runs in a process of its own, because a vLLM in the process leaves memory behind. Without --model the parent makes
-one with random weights of the 1.5B Qwen2 shape and a tokenizer of 1,000 words; nothing is downloaded. A step is the time from the end
+one with random weights of the 1.5B Qwen2 shape and a tokenizer of bytes; nothing is downloaded. A step is the time from the end
 of one optimizer step to the end of the next: sampling, rewards, learning and the weight sync. The first steps (start, compilation) and
 the last ones (nothing left to sample ahead) do not count. Rewards are random, so no group is skipped for being all equal.
 
@@ -29,7 +29,9 @@ from typing import Any
 
 from tests.bench.report import Bar, conclude, machine, table
 
-WORDS = 1000
+PAD = 256
+"""Token of the random model that fills rows; the next one ends completions."""
+
 SHAPE_15B = {
     "vocab_size": 151_936,
     "hidden_size": 1536,
@@ -102,28 +104,28 @@ CONFIGURATIONS = {
 
 
 def make_model(folder: Path) -> None:
-    """A Qwen2 of 1.54B random weights in bfloat16 (3.1 GB) and a tokenizer of words."""
+    """A Qwen2 of 1.54B random weights in bfloat16 (3.1 GB) and a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<pad>": WORDS, "<eos>": WORDS + 1, "<unk>": WORDS + 2}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    # One token a byte: the class that transformers and vLLM choose for a Qwen2 reads such a file as its own.
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = Tokenizer(models.BPE(vocabulary | {"<pad>": PAD, "<eos>": PAD + 1}, merges=[]))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>", unk_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE_15B, eos_token_id=WORDS + 1, pad_token_id=WORDS, bos_token_id=None))
+        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE_15B, eos_token_id=PAD + 1, pad_token_id=PAD, bos_token_id=None))
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def make_prompts(tokenizer: Any, work: Workload) -> list[dict[str, str]]:
-    """Prompts of exactly `prompt_tokens` tokens where words are tokens, about as many elsewhere; none is the beginning of another."""
+    """Prompts of exactly `prompt_tokens` tokens where letters are tokens, about as many elsewhere."""
     draw = random.Random(0)
-    words = (
-        [f"w{i}" for i in range(WORDS)] if "w0" in tokenizer.get_vocab() else ["red", "blue", "cat", "dog", "sun", "sea", "tree", "road"]
-    )
-    separator = " "
+    letters = len(tokenizer) < 1000
+    words = list("abcdefghijklmnopqrstuvwxyz") if letters else ["red", "blue", "cat", "dog", "sun", "sea", "tree", "road"]
+    separator = "" if letters else " "
     rows = [separator.join(draw.choice(words) for _ in range(work.prompt_tokens)) for _ in range(work.prompts * work.steps)]
     return [{"prompt": row} for row in rows]
 
