@@ -148,3 +148,7 @@ class GRPOTrainer(OnlineTrainer):
             return
         low, high = share(surrogate.low), share(surrogate.high)
         self.meters.add({"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}, weight=total)
+        rows = counts.sum(dim=1)  # of the completion that is clipped least at the bottom, and most at the top
+        shares = [(where * counts).sum(dim=1) / rows.clamp(min=1) for where in (surrogate.low, surrogate.high)]
+        least, most = torch.where(rows > 0, shares[0], torch.inf).min(), torch.where(rows > 0, shares[1], -torch.inf).max()
+        self.meters.add({"clip_ratio/low_min": least, "clip_ratio/high_max": most}, weight=total)

@@ -55,6 +55,9 @@ class Scorer:
 
     def __init__(self, model: Any, *, temperature: float) -> None:
         self._temperature = temperature
+        # Padding on the left makes positions that attend to nothing, and for these cuDNN's attention, PyTorch's first choice on an H100,
+        # returns gradients of NaN in 16 bits (torch 2.11). A context around the forward would not reach recomputed checkpoints.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         head = model.get_output_embeddings()
         self._head = head if isinstance(head, torch.nn.Linear) and head.weight.is_floating_point() else None
         self._trusted = False

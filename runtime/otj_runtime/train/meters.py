@@ -15,7 +15,7 @@ SUMMED = frozenset({"num_tokens", "tokens_generated"})
 LARGEST = ("/max", "_max", "/max_abs_logprob_diff", "/max_length")
 """Endings of names whose largest value counts."""
 
-SMALLEST = ("/min", "idle/generator")
+SMALLEST = ("/min", "/low_min", "idle/generator")
 """Endings of names whose smallest value counts."""
 
 Number = float | torch.Tensor

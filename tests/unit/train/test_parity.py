@@ -66,16 +66,18 @@ def prepared_groups(rewards: tuple[tuple[float, ...], ...] = SKEWED, *, seed: in
     return groups
 
 
-def compare(ours: tuple[float, torch.Tensor], theirs: tuple[float, torch.Tensor]) -> None:
+Outcome = tuple[float, torch.Tensor, dict[str, float]]
+"""Loss, gradient, metrics."""
+
+
+def compare(ours: Outcome, theirs: Outcome) -> None:
     largest = float(theirs[1].abs().max())
     assert largest > 1e-3, "a gradient of nothing would prove nothing"
     assert ours[0] == pytest.approx(theirs[0], abs=TOLERANCE, rel=TOLERANCE)
     assert float((ours[1] - theirs[1]).abs().max()) < TOLERANCE * max(1.0, largest)
 
 
-def our_grpo(
-    base: Any, tokenizer: Any, groups: list[Group], output: Path, *, iterations: int, sampler: bool, **arguments: Any
-) -> tuple[float, torch.Tensor]:
+def our_grpo(base: Any, tokenizer: Any, groups: list[Group], output: Path, *, iterations: int, sampler: bool, **arguments: Any) -> Outcome:
     """Loss and gradient of the last of `iterations` on `groups`, each under another policy."""
     args = GRPOConfig(output_dir=str(output), num_iterations=iterations, **(COMMON | arguments))
     model = moved(base, seed=1)
@@ -85,14 +87,15 @@ def our_grpo(
     for iteration in range(iterations):
         if iteration:
             move(model, seed=1 + iteration)
+        trainer.meters.take(trainer.accelerator)
         loss = trainer.compute_loss(model, batch)
     loss.backward()
-    return loss.item(), gradient(model)
+    return loss.item(), gradient(model), trainer.meters.take(trainer.accelerator)
 
 
 def their_grpo(
     base: Any, tokenizer: Any, groups: list[Group], output: Path, *, iterations: int, sampler: bool, **arguments: Any
-) -> tuple[float, torch.Tensor]:
+) -> Outcome:
     """The same by TRL, whose name for gspo is grpo with one ratio per sequence."""
     if arguments.get("loss_type") == "gspo":
         arguments |= {"loss_type": "grpo", "importance_sampling_level": "sequence"}
@@ -123,9 +126,10 @@ def their_grpo(
     batch = trainer._generate_and_score_completions([{"prompt": "a"} for _ in rows])
     for iteration in range(1, iterations):
         move(model, seed=1 + iteration)
+    trainer._metrics["train"].clear()
     loss = trainer._compute_loss(model, batch)
     loss.backward()
-    return loss.item(), gradient(model)
+    return loss.item(), gradient(model), {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -219,7 +223,7 @@ def padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Te
     return torch.tensor([fill(row, END) for row in rows]), torch.tensor([fill([1] * len(row), 0) for row in rows])
 
 
-def their_dpo(base: Any, tokenizer: Any, groups: list[Group], output: Path, **arguments: Any) -> tuple[float, torch.Tensor]:
+def their_dpo(base: Any, tokenizer: Any, groups: list[Group], output: Path, **arguments: Any) -> Outcome:
     """TRL keeps first completions in the first half of its batch and second ones in the second."""
     args = TheirOnlineDPOConfig(
         output_dir=str(output),
@@ -246,17 +250,17 @@ def their_dpo(base: Any, tokenizer: Any, groups: list[Group], output: Path, **ar
     trainer._generate = lambda *_: (*prompts, *completions, None)
     trainer._calculate_rewards_from_functions = lambda **_: torch.tensor([group.rewards[i] for group, i in rows])
     loss = trainer.training_step(model, {"prompt": ["a"] * len(groups)})
-    return loss.item(), gradient(model)
+    return loss.item(), gradient(model), {name: values[-1] for name, values in trainer.stats.items() if values}
 
 
-def our_dpo(base: Any, tokenizer: Any, groups: list[Group], output: Path, **arguments: Any) -> tuple[float, torch.Tensor]:
+def our_dpo(base: Any, tokenizer: Any, groups: list[Group], output: Path, **arguments: Any) -> Outcome:
     model = moved(base, seed=1)
     args = OnlineDPOConfig(output_dir=str(output), **(DPO | arguments))
     trainer = idle_trainer(OnlineDPOTrainer, (model, tokenizer), args, copy.deepcopy(base).eval())
     [batch] = trainer._build_batches(groups)
     loss = trainer.compute_loss(model, batch)
     loss.backward()
-    return loss.item(), gradient(model)
+    return loss.item(), gradient(model), trainer.meters.take(trainer.accelerator)
 
 
 @pytest.mark.parametrize(("kind", "beta", "penalty"), list(itertools.product(["sigmoid", "ipo"], [0.1, 1.0], [None, 2.0])))
@@ -264,3 +268,32 @@ def test_online_dpo_equals_trl(tiny: tuple[Any, Any], tmp_path: Path, kind: str,
     groups = prepared_groups(DPO_REWARDS)
     theirs = their_dpo(*tiny, groups, tmp_path, loss_type=kind, beta=[beta], missing_eos_penalty=penalty)
     compare(our_dpo(*tiny, groups, tmp_path, loss_type=kind, beta=beta, missing_eos_penalty=penalty), theirs)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_metrics_of_the_loss_equal_trls(tiny: tuple[Any, Any], tmp_path: Path, level: str) -> None:
+    # With a KL term ours skips no group, and means are over the same tokens.
+    arguments: dict[str, Any] = {"iterations": 2, "sampler": False, "loss_type": "grpo", "beta": 0.1, "epsilon": 0.1}
+    groups = prepared_groups()
+    *_, ours = our_grpo(*tiny, groups, tmp_path, importance_sampling_level=level, **arguments)
+    *_, theirs = their_grpo(*tiny, groups, tmp_path, importance_sampling_level=level, **arguments)
+    assert {"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_max"} <= set(theirs)
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-5)
+    assert theirs["clip_ratio/region_mean"] > 0
+
+
+def test_metrics_of_preferences_equal_trls(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    groups = prepared_groups(DPO_REWARDS)
+    *_, theirs = their_dpo(*tiny, groups, tmp_path, beta=[0.5])
+    *_, ours = our_dpo(*tiny, groups, tmp_path, beta=0.5)
+    # TRL sums divergence and entropy over padding, too.
+    compared = set(theirs) - {
+        "objective/kl",
+        "objective/entropy",
+        "objective/non_score_reward",
+        "objective/rlhf_reward",
+        "val/contain_eos_token",
+    }
+    assert len(compared) == 9
+    assert {name: ours[name] for name in compared} == pytest.approx({name: theirs[name] for name in compared}, abs=1e-4)
+    assert set(theirs) <= set(ours)
