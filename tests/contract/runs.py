@@ -15,9 +15,11 @@ Object = dict[str, Any]
 class Run:
     """One job of a test, by its name."""
 
-    def __init__(self, server: ApiServer, name: str, changes: dict[str, Any] | None = None) -> None:
+    def __init__(self, server: ApiServer, name: str, changes: dict[str, Any] | None = None, **metadata: Object) -> None:
         self.server, self.name = server, name
-        server.kubectl("create", "-f", "-", stdin=json.dumps(changed(changes or {}, name=name)))
+        document = changed(changes or {}, name=name)
+        document["metadata"] |= metadata
+        server.kubectl("create", "-f", "-", stdin=json.dumps(document))
 
     def object(self) -> Object:
         """The job as it is now."""

@@ -108,6 +108,36 @@ def test_a_job_that_is_removed_the_moment_it_ends_has_still_succeeded(server: Ap
     run.wait("Succeeded")
 
 
+def test_what_somebody_takes_from_our_job_is_put_back(server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(server, "plundered")
+    owner = run.created()["metadata"]["ownerReferences"]
+    bare = {"labels": {"app.kubernetes.io/managed-by": None, "team": "a"}, "ownerReferences": None}
+    server.kubectl("patch", "job", "plundered", "--type=merge", "-p", json.dumps({"metadata": bare}))
+
+    def back() -> bool:
+        metadata = kubelet.get("job", "plundered")["metadata"]
+        return metadata.get("ownerReferences") == owner and metadata["labels"].get("app.kubernetes.io/managed-by") is not None
+
+    eventually("label and owner are back", back)
+    assert kubelet.get("job", "plundered")["metadata"]["labels"]["team"] == "a"
+    assert run.condition("Failed") is None
+
+
+def test_a_job_that_somebody_else_suspended_is_left_so_and_says_it(server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(server, "held")
+    run.created()
+    server.kubectl("patch", "job", "held", "--type=merge", "-p", json.dumps({"spec": {"suspend": True}}))
+    run.wait("Suspended", reason="SuspendedElsewhere")
+    assert kubelet.get("job", "held")["spec"]["suspend"] is True
+
+
+def test_what_another_controller_manages_is_not_touched(server: ApiServer) -> None:
+    run = Run(server, "theirs", {"managedBy": "kueue.x-k8s.io/multikueue"})
+    Run(server, "ours-after-theirs").created()
+    assert "status" not in run.object()
+    assert server.kubectl("get", "job", "theirs", "--ignore-not-found") == ""
+
+
 def test_a_suspended_job_is_created_suspended_and_says_so(server: ApiServer) -> None:
     run = Run(server, "paused", {"suspend": True})
     assert run.created()["spec"]["suspend"] is True

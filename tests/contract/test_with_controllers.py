@@ -5,6 +5,8 @@ Only the kubelet is played: a test writes how containers end, and Kubernetes dec
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from otj_runtime.api import Reason
@@ -13,8 +15,12 @@ from tests.contract.apiserver import ApiServer
 from tests.contract.kubelet import Kubelet
 from tests.contract.operator_process import eventually
 from tests.contract.runs import Run
+from tests.unit.api.specs import changed
 
 pytestmark = pytest.mark.integration
+
+FULL = json.dumps({"status": {"hard": {"pods": "0"}, "used": {"pods": "0"}}})
+"""What the quota controller, which does not run here, would write."""
 
 
 @pytest.fixture
@@ -91,13 +97,108 @@ def test_a_run_that_was_made_suspended_runs_when_it_is_resumed(managed_server: A
     run.wait("Suspended", status="False", reason="NotSuspended")
 
 
-def test_deleting_a_run_leaves_nothing_behind(managed_server: ApiServer, kubelet: Kubelet) -> None:
-    run = Run(managed_server, "gone")
-    eventually("a pod", lambda: pods(managed_server, "gone"))
+def test_a_running_run_is_paused_and_goes_on(managed_server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(managed_server, "pausing")
+    (first,) = eventually("a pod", lambda: pods(managed_server, "pausing"))
+    kubelet.run_pod(first)
+    run.wait("Running")
+    run.change({"suspend": True})
+    held = run.wait("Suspended", status="False", reason="Suspending")
+    assert "holds its accelerators" in held["message"]
+    assert run.object()["status"]["state"] == "Suspending"
+    assert "Running" not in managed_server.kubectl("get", "otj", "pausing")
+    kubelet.end_trainer(first, exit_code=ExitCode.TERMINATED)
+    managed_server.kubectl("delete", "pod", first, "--force", "--grace-period=0")
+    run.wait("Suspended", reason="JobSuspended")
+    assert run.object()["status"]["state"] == "Suspended"
+
+    run.change({"suspend": False})
+    (second,) = eventually("another pod", lambda: set(pods(managed_server, "pausing")) - {first})
+    kubelet.run_pod(second)
+    run.wait("Running")
+    run.wait("Suspended", status="False", reason="NotSuspended")
+    assert "Suspended" not in managed_server.kubectl("get", "otj", "pausing")
+    status = run.object()["status"]
+    assert (status["restarts"], status["restartsCounted"]) == (0, 0)
+
+
+def test_a_pod_that_was_told_to_stop_is_replaced_and_not_counted(managed_server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(managed_server, "drained", {"backoffLimit": 0})
+    (first,) = eventually("a pod", lambda: pods(managed_server, "drained"))
+    kubelet.run_pod(first)
+    run.wait("Running")
+    kubelet.end_trainer(first, exit_code=ExitCode.TERMINATED)
+    (second,) = eventually("another pod", lambda: set(pods(managed_server, "drained")) - {first})
+    kubelet.run_pod(second)
+    run.wait("Running")
+    status = run.object()["status"]
+    assert (status["restarts"], status["restartsCounted"]) == (1, 0)
+
+
+def test_a_run_that_makes_no_headway_is_ended_before_its_limit(managed_server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(managed_server, "stuck", {"backoffLimit": 50})
+    (pod,) = eventually("a pod", lambda: pods(managed_server, "stuck"))
+    kubelet.run_pod(pod)
+    note = FailureNote(reason=Reason.NO_NEW_CHECKPOINT, message="failed 3 times at step 57").to_json()
+    kubelet.end_trainer(pod, exit_code=ExitCode.NO_NEW_CHECKPOINT, message=note)
+    run.wait("Failed", reason="NoNewCheckpoint")
+
+
+def test_limits_may_change_while_the_run_goes(managed_server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(managed_server, "longer", {"activeDeadlineSeconds": 600})
+    eventually("a pod", lambda: pods(managed_server, "longer"))
+    run.change({"activeDeadlineSeconds": None, "backoffLimit": 7, "ttlSecondsAfterFinished": 60})
+
+    def limits() -> bool:
+        spec = kubelet.get("job", "longer")["spec"]
+        found = (spec.get("activeDeadlineSeconds"), spec["backoffLimit"], spec.get("ttlSecondsAfterFinished"))
+        return found == (None, 7, 60)
+
+    eventually("the Job has them", limits)
+    assert len(pods(managed_server, "longer")) == 1
+
+
+def test_what_only_events_tell_is_the_explanation(managed_server: ApiServer) -> None:
+    """The namespace has a quota of no pods, so the Job controller cannot make one, and tells nobody but the Events."""
+    quota = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "none", "namespace": "full"},
+        "spec": {"hard": {"pods": "0"}},
+    }
+    managed_server.kubectl("create", "namespace", "full")
+    managed_server.kubectl("create", "-f", "-", stdin=json.dumps(quota))
+    managed_server.kubectl("patch", "resourcequota", "none", "-n", "full", "--subresource=status", "--type=merge", "-p", FULL)
+    document = changed({}, name="refused")
+    document["metadata"]["namespace"] = "full"
+    managed_server.kubectl("create", "-f", "-", stdin=json.dumps(document))
+
+    def explained() -> bool:
+        found = json.loads(managed_server.kubectl("get", "otj", "refused", "-n", "full", "-o", "json"))
+        said = {c["type"]: c for c in found.get("status", {}).get("conditions", [])}.get("Progressing", {})
+        return said.get("reason") == "PodRefused" and "exceeded quota: none" in said["message"]
+
+    eventually("the quota is named", explained)
+
+
+@pytest.mark.parametrize("cascade", ["background", "foreground"])
+def test_deleting_a_run_leaves_nothing_behind(managed_server: ApiServer, cascade: str) -> None:
+    name = f"gone-{cascade}"
+    run = Run(managed_server, name)
+    eventually("a pod", lambda: pods(managed_server, name))
     run.wait("Running", status="False")
-    managed_server.kubectl("delete", "otj", "gone")
-    left = ("get", "otj,jobs,pods,configmaps,secrets,services,pvc", "-l", "onlinetraining.dev/job=gone", "-o", "name")
+    managed_server.kubectl("delete", "otj", name, f"--cascade={cascade}")
+    left = ("get", "otj,jobs,pods,configmaps,secrets,services,pvc", "-l", f"onlinetraining.dev/job={name}", "-o", "name")
     eventually("everything is gone", lambda: not managed_server.kubectl(*left))
+
+
+def test_a_job_that_was_orphaned_runs_on_and_is_nobody_elses(managed_server: ApiServer) -> None:
+    Run(managed_server, "orphan").created()
+    managed_server.kubectl("delete", "otj", "orphan", "--cascade=orphan")
+    eventually("no owner", lambda: not managed_server.kubectl("get", "job", "orphan", "-o", "jsonpath={.metadata.ownerReferences}"))
+    failed = Run(managed_server, "orphan").wait("Failed", reason="JobConflict")
+    assert "belongs to nobody" in failed["message"]
+    assert managed_server.kubectl("get", "job", "orphan", "-o", "jsonpath={.metadata.deletionTimestamp}") == ""
 
 
 def test_a_run_can_be_deleted_and_applied_again_at_once(managed_server: ApiServer) -> None:

@@ -39,8 +39,9 @@ def job_rules() -> list[Schema]:
 
 
 def _visible(argument: Argument) -> bool:
-    """Whether CEL can see the argument: one that may have several types has none in the schema. The operator's own check sees it."""
-    return len(argument.types) == 1
+    """Whether CEL can see the argument: one that may have several types, or a list of anything, has no type there. The operator's
+    own check sees it all the same."""
+    return len(argument.types) == 1 and argument.types != ("array",)
 
 
 def _argument(argument: Argument) -> Schema:
