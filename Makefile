@@ -59,5 +59,6 @@ requirements:  ## Pin the newest versions that the packages allow
 	$(EXPORT) --no-dev --package online-training-operator > operator/requirements.txt
 	$(EXPORT) --no-dev --package online-training-runtime --extra cpu > runtime/requirements-cpu.txt
 	$(EXPORT) --no-dev --package online-training-runtime --extra vllm > runtime/requirements-vllm.txt
+	$(EXPORT) --no-dev --package online-training-runtime --extra tasks > runtime/requirements-tasks.txt
 
 -include $(wildcard make/*.mk)

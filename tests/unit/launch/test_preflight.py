@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from otj_runtime.api import parse_job
 from otj_runtime.api.inputs import DatasetSpec, RewardSpec
+from otj_runtime.data.load import load_prompts
 from otj_runtime.launch.preflight import check_inputs
-from otj_runtime.pod.config import PodConfig
+from otj_runtime.pod.config import PodConfig, resolve
 from otj_runtime.pod.errors import DatasetInvalid, RewardImportFailed
+from otj_runtime.pod.manifest import build_job
+from otj_runtime.rewards import load_rewards
 from tests.unit.launch.test_accelerate import config_of
+
+SAMPLES = Path(__file__).parents[3] / "manifests" / "samples"
 
 
 def config_with(*functions: str, **changes: Any) -> PodConfig:
@@ -51,3 +58,29 @@ async def test_a_reward_module_that_ends_the_interpreter_harms_nobody_else(tmp_p
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RewardImportFailed, match="ended the interpreter with status 3"):
         await check_inputs(config_with("deadly.reward"))
+
+
+async def test_a_reward_from_a_mounted_config_map_is_found_by_the_jobs_own_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = list(yaml.safe_load_all((SAMPLES / "own-reward.yaml").read_text()))
+    job, config_map = parse_job(documents[0]), documents[1]
+    [pod] = [build_job(job, default_image="image")["spec"]["template"]["spec"]]
+    [mount] = [mount for mount in job.spec.volume_mounts if mount["name"] == "mine"]
+    assert {"name": "mine", "configMap": {"name": config_map["metadata"]["name"]}} in pod["volumes"]
+    assert all(mount in container["volumeMounts"] for container in pod["containers"])
+    assert all({"name": "PYTHONPATH", "value": mount["mountPath"]} in container["env"] for container in pod["containers"])
+
+    for name, text in config_map["data"].items():  # what the kubelet does
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config = resolve(job).model_copy(update={"dataset": DatasetSpec(path=str(tmp_path / "prompts.jsonl"))})
+    await check_inputs(config)
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = load_prompts(config.prompts, seed=0)[:]  # type: ignore[index]
+    said, hints = ["bcdf", "aaaa", "abcd", "ffff"], [row["hint"] for row in rows]
+    table = load_rewards(config.rewards).score(
+        prompts=[row["prompt"] for row in rows], completions=said, completion_ids=[[0] * 4] * 4, columns={"hint": hints}
+    )
+    assert table.scores == {"few_vowels": [1.0, 0.0, 1.0, None], "length_target": [1.0] * 4}
