@@ -164,6 +164,9 @@ class Progress(ApiModel):
     staleness: Reading = Field(None, description="Weight versions between sampling and use, the mean of the last step.")
     trainer_idle: Reading = Field(None, description="Share of the last steps in which the trainer waited, 0 to 1.")
     generator_idle: Reading = Field(None, description="Share of the last steps in which the generator waited, 0 to 1.")
+    advice: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="The split of accelerators that would be clearly faster, by the idle shares measured, with the estimate."
+    )
     remaining_seconds: int | None = Field(None, ge=0, description="Estimated seconds to the end; only while steps are made.")
     eta: Reading = Field(None, description="Estimated time to the end, for reading: 2h05m; only while steps are made.")
     checkpoint_step: int | None = Field(None, ge=0, description="Optimizer steps in the newest complete checkpoint.")

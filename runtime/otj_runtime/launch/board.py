@@ -16,9 +16,9 @@ READINGS: dict[str, tuple[str, ...]] = {
     "kl": ("kl", "objective/kl"),
     "tokens_per_second": ("tokens_per_second",),
     "sync_seconds": ("sync/total_s",),
-    "staleness": ("staleness", "staleness/mean"),
-    "trainer_idle": ("idle/trainer", "trainer_idle"),
-    "generator_idle": ("idle/generator", "generator_idle"),
+    "staleness": ("async/staleness_mean",),
+    "trainer_idle": ("idle/trainer",),
+    "generator_idle": ("idle/generator",),
 }
 """Fields of the progress document and the metrics that they come from, the first that is there."""
 
@@ -107,6 +107,13 @@ class Board:
             return None
         return max(0, round((self.total_steps - self.step) * self.seconds_per_step))
 
+    def _advice(self) -> str | None:
+        """The split that would be faster, if the trainer knows one."""
+        gpus, now, then = self._count("split/generation_gpus"), self.number("step_time"), self.number("split/step_time")
+        if gpus is None or now is None or then is None or then >= now:
+            return None
+        return f"generation.gpus: {gpus} would take about {then:.3g} s a step instead of {now:.3g} s, for the same batch"
+
     def report(self) -> LauncherReport:
         """The progress document."""
         readings = {field: self._first(names) for field, names in READINGS.items()}
@@ -116,6 +123,7 @@ class Board:
             step=step,
             total_steps=total,
             **{field: None if value is None else f"{value:.4g}" for field, value in readings.items()},
+            advice=self._advice(),
             seconds_per_step=None if seconds is None else f"{seconds:.4g}",
             remaining_seconds=self._remaining_seconds(),
             policy_version=self._count("policy_version"),

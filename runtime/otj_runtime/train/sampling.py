@@ -159,7 +159,8 @@ class Sampler:
         if self._stop.agreed() or taken is None:
             raise StopRequested(f"asked to stop before step {step + 1}")
         measured = rollout_metrics(taken.groups) | overlap_metrics(taken, step)
-        self._meters.add(measured | self._idle.take(waited=time.monotonic() - began))
+        tokens = measured["tokens_generated"] * config.world_size
+        self._meters.add(measured | self._idle.take(waited=time.monotonic() - began, tokens=tokens))
         for name, (value, weight) in reward_metrics(taken.groups).items():
             self._meters.add({name: value}, weight=weight)
         self._reporter.answers = self._rollouts.answers(taken.groups)[: config.num_completions_to_print]
@@ -211,10 +212,11 @@ class IdleShares:
         self._since: float | None = None
         self._busy = 0.0
 
-    def take(self, *, waited: float) -> dict[str, float]:
-        """Both shares since the last call, between 0 and 1; the first call has seen nothing but its own `waited` seconds."""
+    def take(self, *, waited: float, tokens: float) -> dict[str, float]:
+        """Both shares since the last call, between 0 and 1, and `tokens` by the seconds since then; the first call has seen nothing but
+        its own `waited` seconds."""
         now, busy = self._clock(), self._busy_seconds()
         period = max(1e-9, waited if self._since is None else now - self._since)
         shares = {"idle/trainer": min(1.0, waited / period), "idle/generator": min(1.0, max(0.0, 1.0 - (busy - self._busy) / period))}
         self._since, self._busy = now, busy
-        return shares
+        return shares | {"tokens_per_second": tokens / period}

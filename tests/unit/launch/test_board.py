@@ -67,9 +67,17 @@ def test_a_step_that_is_no_count_is_ignored(value: str) -> None:
 
 def test_the_readings_come_from_our_metrics_and_the_checkpoint_from_the_folder() -> None:
     board = Board()
-    metrics = {"kl": 0.0123456, "tokens_per_second": 812.3, "sync/total_s": 0.52, "staleness": 1}
+    metrics = {"kl": 0.0123456, "tokens_per_second": 812.3, "sync/total_s": 0.52, "async/staleness_mean": 1}
     board.absorb(status(current_step=3, **metrics), now=1.0)
     board.checkpoint = (2, 0.0)
     progress = board.report().progress
     assert (progress.kl, progress.tokens_per_second, progress.sync_seconds, progress.staleness) == ("0.01235", "812.3", "0.52", "1")
     assert (progress.checkpoint_step, progress.checkpoint_time) == (2, "1970-01-01T00:00:00Z")
+
+
+def test_a_faster_split_is_advised_with_its_estimate_and_none_where_there_is_none() -> None:
+    board = Board()
+    board.absorb(status(**{"current_step": 3, "step_time": 8.0, "split/generation_gpus": 3, "split/step_time": 2.8}), now=1.0)
+    assert board.report().progress.advice == "generation.gpus: 3 would take about 2.8 s a step instead of 8 s, for the same batch"
+    board.absorb(status(**{"split/generation_gpus": 1, "split/step_time": 8.0}), now=2.0)
+    assert board.report().progress.advice is None
