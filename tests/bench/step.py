@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -295,8 +296,10 @@ def main() -> int:
         run_child(options.child, Workload(**json.loads(options.work)), Path(options.result))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        if options.model is None:
-            make_model(Path(folder))
+        if options.model is None:  # in a process of its own, which gives the card's memory back
+            maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(Path(folder),))
+            maker.start()
+            maker.join()
         cuda = options.device == "cuda"
         work = Workload(
             device=options.device,
