@@ -38,3 +38,8 @@ def make_tiny_model(directory: Path, *, tied: bool, seed: int = 0) -> Path:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(directory)
     return directory
+
+
+def even_ids(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """A reward that any model gets some of: the share of tokens with even ids."""
+    return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completion_ids]
