@@ -160,6 +160,26 @@ class TrainerSpec(ApiModel):
     )
 
 
+class LoRASpec(ApiModel):
+    """Training of a low-rank adapter on a frozen model (arXiv:2106.09685)."""
+
+    rank: int = Field(16, ge=1, le=512, description="Rank of the adapter's matrices. Default: 16.")
+    alpha: float = Field(32, gt=0, description="The adapter is scaled by alpha / rank. Default: 32.")
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=253)]] = Field(
+        default_factory=list,
+        max_length=64,
+        description="Names of the linear layers that are adapted, such as q_proj. Default: all but the output layer.",
+    )
+    sync: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="What goes to the generator after every step: the adapter alone, which vLLM must support for the model and the layers, "
+        "or all weights with the adapter merged, which always works. Default: adapter.",
+    )
+    export: Literal["adapter", "merged"] = Field(
+        "adapter", description="What is saved at the end: the adapter alone, or a whole model with the adapter merged. Default: adapter."
+    )
+
+
 class ContainerResources(ApiModel):
     """Compute resources of the two containers, besides the accelerators that the split gives them."""
 
@@ -211,6 +231,7 @@ class OnlineTrainingJobSpec(ApiModel):
     trainer: TrainerSpec | None = Field(
         None, description="A training script of your own, such as one for TRL's GRPOTrainer. Default: the built-in trainer of `algorithm`."
     )
+    lora: LoRASpec | None = Field(None, description="Train a LoRA adapter instead of all weights. Default: all weights are trained.")
     accelerate: AccelerateSpec = Field(default_factory=AccelerateSpec, description="How accelerate launches the training ranks.")
     image: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
         None, description="Runtime image of both containers. Default: the one the operator is configured with."
@@ -298,6 +319,17 @@ class OnlineTrainingJobSpec(ApiModel):
             cel="!has(self.dataset) || has(self.dataset.task) || (has(self.rewards) && self.rewards.size() > 0)",
             message="rewards: give at least one, unless dataset.task is a built-in task, which brings its own",
             holds=lambda s: s.dataset is None or s.dataset.task is not None or len(s.rewards) > 0,
+        ),
+        Rule(
+            cel="!has(self.trainer) || !has(self.lora)",
+            message="lora: is for the built-in trainer; a script in trainer.command makes its own",
+            holds=lambda s: s.trainer is None or s.lora is None,
+        ),
+        Rule(
+            cel="!has(self.lora) || !has(self.lora.sync) || self.lora.sync == 'merged' || !has(self.rollout) || !has(self.rollout.staleness) "
+            "|| self.rollout.staleness == 0",
+            message="lora.sync: an adapter is loaded between requests, so with rollout.staleness the weights must go merged",
+            holds=lambda s: s.lora is None or s.lora.sync == "merged" or s.rollout.staleness == 0,
         ),
         Rule(
             cel="!has(self.trainer) || !has(self.rewards) || self.rewards.size() == 0",

@@ -20,6 +20,12 @@ PYTHON = "python"
 MAX_SEQUENCES = 1024
 """Most sequences that one engine decodes at once; more of them wait."""
 
+BASE_MODEL = "base"
+"""Name under which vLLM serves the model that an adapter is for."""
+
+ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for."""
+
 WEIGHT_TRANSFER = '{"backend": "otj_mailbox"}'
 
 
@@ -52,7 +58,16 @@ def generator_command(job: OnlineTrainingJob, config: PodConfig) -> list[str]:
         dtype=config.generator_dtype,
         device=config.device,
         sequences=sequences_at_once(job),
+        adapter_rank=adapter_rank(job),
     )
+
+
+def adapter_rank(job: OnlineTrainingJob) -> int | None:
+    """Rank of the adapters that vLLM makes room for: the smallest it knows that holds the job's; None if no adapter is sent."""
+    lora = job.spec.lora
+    if lora is None or lora.sync != "adapter":
+        return None
+    return next(rank for rank in ADAPTER_RANKS if rank >= lora.rank)
 
 
 def sequences_at_once(job: OnlineTrainingJob) -> int | None:
@@ -65,9 +80,17 @@ def sequences_at_once(job: OnlineTrainingJob) -> int | None:
 
 
 def server_command(
-    generation: GenerationSpec, *, model: str, url: str, dtype: DType, device: Device, sequences: int | None = None
+    generation: GenerationSpec,
+    *,
+    model: str,
+    url: str,
+    dtype: DType,
+    device: Device,
+    sequences: int | None = None,
+    adapter_rank: int | None = None,
 ) -> list[str]:
-    """vLLM's server. It starts with dummy weights, because the first sync brings all of them.
+    """vLLM's server. It starts with dummy weights, because the first sync brings all of them; or, where only an adapter is sent, with
+    the model's own, under another name: the policy is the adapter.
 
     Several engines are vLLM's own data parallelism: one server in front of them, which hands every weight call to all of them.
 
@@ -77,11 +100,12 @@ def server_command(
         dtype: what to compute in.
         sequences: most completions that one engine has under way: it sizes vLLM's tables, and the CUDA graphs that it records at
             start, by it. Default: vLLM's own guess.
+        adapter_rank: largest rank of the adapter that is sent. Default: none is.
     """
     host, port = url.removeprefix("http://").rsplit(":", 1)
     command = [
         *(PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", model, "--served-model-name", SERVED_MODEL, "--load-format", "dummy"),
+        *("--model", model, *_served(adapter_rank)),
         *("--host", host, "--port", port),
         *("--dtype", dtype.value, "--tensor-parallel-size", str(generation.tensor_parallel_size or generation.gpus)),
         *("--weight-transfer-config", WEIGHT_TRANSFER),
@@ -103,6 +127,12 @@ def server_command(
     return command + generation.extra_args
 
 
+def _served(adapter_rank: int | None) -> list[str]:
+    if adapter_rank is None:
+        return ["--served-model-name", SERVED_MODEL, "--load-format", "dummy"]
+    return ["--served-model-name", BASE_MODEL, "--enable-lora", "--max-loras", "1", "--max-lora-rank", str(adapter_rank)]
+
+
 def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:
     """What every container gets. Homes and caches lie on volumes, because the root file system is read-only."""
     cache = f"{config.output}/.cache"
@@ -119,7 +149,8 @@ def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:
 
 def generator_environment(config: PodConfig) -> dict[str, str]:
     """What only the generator container gets."""
-    return server_environment(config.device) | {"VLLM_CACHE_ROOT": f"{config.output}/.cache/vllm"}
+    adapters = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None and config.lora.sync == "adapter" else {}
+    return server_environment(config.device) | {"VLLM_CACHE_ROOT": f"{config.output}/.cache/vllm"} | adapters
 
 
 def server_environment(device: Device) -> dict[str, str]:

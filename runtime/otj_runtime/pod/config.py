@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from otj_runtime.api import Algorithm, ApiModel, Device, DType, OnlineTrainingJob
 from otj_runtime.api.inputs import DatasetSpec, RewardSpec
-from otj_runtime.api.spec import AccelerateSpec, RolloutSpec
+from otj_runtime.api.spec import AccelerateSpec, LoRASpec, RolloutSpec
 from otj_runtime.pod.errors import InvalidSpec
 
 CONFIG_ENV = "OTJ_CONFIG"
@@ -49,6 +49,7 @@ class PodConfig(ApiModel):
     rewards: list[RewardSpec]
     training: dict[str, Any]
     script: list[str] = Field(default_factory=list, description="The user's own script and its arguments; empty for the built-in trainer.")
+    lora: LoRASpec | None = None
     accelerate: AccelerateSpec
     rollout: RolloutSpec = Field(default_factory=RolloutSpec)
     device: Device
@@ -112,6 +113,7 @@ def resolve(job: OnlineTrainingJob, layout: Layout = Layout(), *, output: str | 
         rewards=spec.rewards,
         training=spec.training,
         script=[] if spec.trainer is None else spec.trainer.command[1:],
+        lora=spec.lora,
         accelerate=spec.accelerate,
         rollout=spec.rollout,
         device=spec.accelerator.device,

@@ -156,7 +156,9 @@ class VLLMEngine:
             headers = {ENGINE_HEADER: str(engine)} if self._engines > 1 else None
             body = request_body(prompt, sampling, self._end_tokens)
             async with session.post("/inference/v1/generate", json=body, headers=headers) as response:
-                if response.status in (400, 404, 422):
+                if response.status == 404:  # it serves no policy: it started anew, and waits for the adapter
+                    raise StaleAnswer(f"the generator serves no model {SERVED_MODEL}: {(await response.text())[:500]}")
+                if response.status in (400, 422):
                     text = await response.text()
                     raise GeneratorLost(f"the generator refused a prompt of {len(prompt)} tokens ({response.status}): {text[:500]}")
                 response.raise_for_status()

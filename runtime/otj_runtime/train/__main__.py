@@ -18,6 +18,7 @@ from otj_runtime.pod.errors import FailureNote, RunError, Terminated, exit_code
 from otj_runtime.train.assemble import Run, build_run
 from otj_runtime.train.checkpoints import newest_checkpoint
 from otj_runtime.train.heldout import answer_held_out
+from otj_runtime.train.lora import save_merged
 from otj_runtime.train.saving import EXPORT
 
 
@@ -38,7 +39,10 @@ def train(config: PodConfig, run: Run) -> None:
         saved = "a checkpoint was saved" if trainer.state.global_step else "there was nothing to save yet"
         raise Terminated(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; {saved}")
     _answer(run)
-    trainer.save_model(str(Path(config.output) / EXPORT))
+    if config.lora is not None and config.lora.export == "merged":
+        save_merged(trainer, Path(config.output) / EXPORT)
+    else:
+        trainer.save_model(str(Path(config.output) / EXPORT))
 
 
 def _answer(run: Run) -> None:

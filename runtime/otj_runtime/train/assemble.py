@@ -18,6 +18,7 @@ from otj_runtime.rewards import load_rewards
 from otj_runtime.train.config import GRPOConfig, OnlineConfig, OnlineDPOConfig
 from otj_runtime.train.generator import pod_generator
 from otj_runtime.train.grpo import GRPOTrainer
+from otj_runtime.train.lora import peft_config
 from otj_runtime.train.online_dpo import OnlineDPOTrainer
 from otj_runtime.train.trainer import OnlineTrainer
 
@@ -75,6 +76,7 @@ def build_run(config: PodConfig) -> Run:
         args=arguments,
         train_dataset=load_prompts(config.prompts, seed=arguments.seed),
         eval_dataset=held_out_prompts(config.prompts) or None,
+        peft_config=peft_config(config.lora),
         generator=pod_generator(config),
     )
     trainer.reporter.title = config.name

@@ -15,6 +15,7 @@ from otj_runtime.api import DType
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.rollout.vllm_engine import VLLMEngine
 from otj_runtime.train.sampling import Exclusive
+from otj_runtime.weights.adapter import AdapterSync
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.sync import WeightSync
 
@@ -29,6 +30,7 @@ class Generator:
         dtype: what it computes in.
         ready_timeout_s: how long it may take to start, in seconds.
         engines: copies of the model behind it.
+        adapter_only: whether it loaded the model itself and gets a LoRA adapter only.
     """
 
     url: str
@@ -36,6 +38,7 @@ class Generator:
     dtype: DType
     ready_timeout_s: float
     engines: int = 1
+    adapter_only: bool = False
 
 
 def pod_generator(config: PodConfig) -> Generator:
@@ -46,6 +49,7 @@ def pod_generator(config: PodConfig) -> Generator:
         dtype=config.generator_dtype,
         ready_timeout_s=float(config.generator_ready_timeout_seconds),
         engines=config.generator_engines,
+        adapter_only=config.lora is not None and config.lora.sync == "adapter",
     )
 
 
@@ -73,7 +77,8 @@ def connect(
         prompts: token ids of the run's prompts, the same on every rank; the first few are what the weight sync proves itself with.
         failure: says why the generator will never answer, where somebody knows.
     """
-    weights = WeightSync(
+    kind = AdapterSync if generator.adapter_only else WeightSync
+    weights = kind(
         model=model,
         directory=generator.mailbox,
         control=GeneratorControl(generator.url, failure=failure),

@@ -125,9 +125,7 @@ class AdapterSync:
                 agreement = self._compare(version, own)
             sent = sum(tensor.nbytes for tensor in tensors.values())
             total = time.monotonic() - began
-            return SyncReport(
-                version=version, total_s=total, phases=phases.seconds, bytes=sent, agreement=agreement, attempts=attempt
-            ), own
+            return SyncReport(version=version, total_s=total, phases=phases.seconds, bytes=sent, agreement=agreement, attempts=attempt), own
 
         report, proven = ranks.lead(finish, phase="install")
         self._pushed = version, folder, proven
@@ -136,7 +134,9 @@ class AdapterSync:
     def _gather(self, *, leads: bool) -> tuple[dict[str, Any], bool]:
         """The adapter's matrices by PEFT's names on rank 0 (none elsewhere), and whether all ranks had to take part."""
         marker = f".{self._adapter}."
-        parts = {name.replace(marker, "."): available(p) for name, p in self._model.named_parameters() if ".lora_" in name and marker in name}
+        parts = {
+            name.replace(marker, "."): available(p) for name, p in self._model.named_parameters() if ".lora_" in name and marker in name
+        }
         collective = any(map(is_collective, parts.values())) or any(map(is_collective, map(available, self._model.parameters())))
         tensors = {}
         for name, part in parts.items():

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from otj_runtime.pod.errors import GeneratorNotReady
@@ -21,6 +21,7 @@ from otj_runtime.weights.errors import WeightSyncFailed
 DEADLINES = {
     "init": 60.0,
     "pause": 120.0,
+    "drain": 1800.0,
     "start": 60.0,
     "update": 600.0,
     "finish": 300.0,
@@ -29,7 +30,7 @@ DEADLINES = {
     "score": 300.0,
     "read": 30.0,
 }
-"""Seconds that each phase may take. `pause` waits for the engine step under way; `update` for the copy of all weights."""
+"""Seconds that each phase may take. `pause` waits for the engine step under way, `drain` for the requests; `update` for the copy of all weights."""
 
 POLL_SECONDS = 0.25
 
@@ -93,9 +94,9 @@ class GeneratorControl:
         """Tell the workers where the mailbox is. May be repeated."""
         self._call("init", "POST", "/init_weight_transfer_engine", {"init_info": {"path": path}})
 
-    def pause(self) -> None:
-        """Freeze generation after the current engine step; requests stay and go on after `resume`."""
-        self._call("pause", "POST", "/pause?mode=keep")
+    def pause(self, *, mode: Literal["keep", "wait"] = "keep") -> None:
+        """Freeze generation after the current engine step, or wait until no request is under way; new ones go on after `resume`."""
+        self._call("pause" if mode == "keep" else "drain", "POST", f"/pause?mode={mode}")
 
     def start(self) -> None:
         """Open an update."""
@@ -108,6 +109,20 @@ class GeneratorControl:
     def finish(self, version: int) -> None:
         """Close the update and label the weights."""
         self._call("finish", "POST", "/finish_weight_update", {"weight_version": str(version)})
+
+    def load_adapter(self, path: str) -> None:
+        """Serve the LoRA adapter in folder `path` as the policy, in place of the one before. Nothing may be under way.
+
+        A load in place would keep the name served throughout, but vLLM then reads the folder again at every step.
+        """
+        served = [entry["id"] for entry in self._call("read", "GET", "/v1/models")["data"]]
+        if SERVED_MODEL in served:
+            self._call("update", "POST", "/v1/unload_lora_adapter", {"lora_name": SERVED_MODEL})
+        self._call("update", "POST", "/v1/load_lora_adapter", {"lora_name": SERVED_MODEL, "lora_path": path})
+
+    def label(self, version: int) -> None:
+        """Name the weights without an update."""
+        self._call("finish", "POST", "/update_weight_version", {"new_version": str(version)})
 
     def reset_prefix_cache(self) -> None:
         """Forget what older weights computed. Frozen requests compute their prefix again, so no token mixes two versions' caches.

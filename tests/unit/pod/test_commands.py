@@ -29,6 +29,15 @@ def test_accelerators_beyond_one_copy_of_the_model_hold_further_copies() -> None
     assert "--data-parallel-size" not in options({"gpus": 8, "generation": {"gpus": 4}})
 
 
+def test_a_generator_of_an_adapter_loads_the_model_itself_and_makes_room_for_the_rank() -> None:
+    command = options({"gpus": 2, "lora": {"rank": 20}})
+    assert (command["--served-model-name"], command["--max-lora-rank"]) == ("base", "32")
+    assert "--load-format" not in command
+    merged = options({"gpus": 2, "lora": {"rank": 20, "sync": "merged"}})
+    assert (merged["--served-model-name"], merged["--load-format"]) == ("policy", "dummy")
+    assert "--max-lora-rank" not in merged
+
+
 @pytest.mark.parametrize(
     ("spec", "sequences"),
     [

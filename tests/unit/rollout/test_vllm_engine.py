@@ -56,6 +56,8 @@ class ScriptedGenerator:
             request.transport.close()
         if fault == "refuse":
             return web.Response(status=400, text="prompt too long")
+        if fault == "no policy":
+            return web.Response(status=404, text="the model `policy` does not exist")
         if fault == "error":
             return web.Response(status=500, text="engine dead")
         if fault == "hang":
@@ -111,7 +113,7 @@ def test_the_request_states_everything_that_shapes_the_distribution(server: Scri
     }
 
 
-@pytest.mark.parametrize("fault", ["drop", "error", "stale"])
+@pytest.mark.parametrize("fault", ["drop", "error", "stale", "no policy"])
 def test_a_lost_answer_is_asked_again_after_recovery_and_the_others_are_not(server: ScriptedGenerator, fault: str) -> None:
     server.faults = [fault]
     recovered: list[str] = []

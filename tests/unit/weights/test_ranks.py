@@ -42,6 +42,7 @@ note(lambda: ranks.lead(sync, phase="x"))
 note(lambda: ranks.together(lambda: break_on(2), phase="write"))
 note(lambda: ranks.lead(lambda: "still in step", phase="x"))
 with open(out, "w") as file: json.dump(seen, file)
+dist.destroy_process_group()  # gloo's threads, if the interpreter ends under them, now and then abort it
 """
 
 

@@ -21,7 +21,7 @@ from otj_runtime.weights.layout import Layout
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, shares
 
 
-def _model(*, tied: bool) -> Qwen3ForCausalLM:
+def tiny_model(*, tied: bool) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=16,
@@ -38,7 +38,7 @@ def _model(*, tied: bool) -> Qwen3ForCausalLM:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_are_sent_once_under_the_embeddings_name(tied: bool) -> None:
-    names = list(policy_tensors(_model(tied=tied)))
+    names = list(policy_tensors(tiny_model(tied=tied)))
     assert names[0] == "model.embed_tokens.weight"
     assert ("lm_head.weight" in names) is not tied
 
@@ -92,7 +92,7 @@ def lora_model() -> Any:
     """A model with an adapter that changes its outputs, and an output layer that is trained whole."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
-    return get_peft_model(_model(tied=False), config)
+    return get_peft_model(tiny_model(tied=False), config)
 
 
 def test_an_adapter_is_merged_in_a_copy_under_the_names_of_the_base_model(lora_model: Any) -> None:
@@ -116,7 +116,7 @@ def test_an_adapter_is_merged_in_a_copy_under_the_names_of_the_base_model(lora_m
 )
 def test_an_adapter_that_is_no_sum_is_refused_by_name(config: Any, words: str) -> None:
     with pytest.raises(WeightSyncFailed, match=words):
-        policy_tensors(get_peft_model(_model(tied=False), config))
+        policy_tensors(get_peft_model(tiny_model(tied=False), config))
 
 
 @given(sizes=st.lists(st.integers(1, 10_000), max_size=60), ranks=st.integers(1, 8))
