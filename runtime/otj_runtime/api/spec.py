@@ -321,6 +321,12 @@ class OnlineTrainingJobSpec(ApiModel):
             holds=lambda s: s.dataset is None or s.dataset.task is not None or len(s.rewards) > 0,
         ),
         Rule(
+            cel="!has(self.accelerate) || !has(self.accelerate.strategy) || self.accelerate.strategy == 'ddp' || !has(self.accelerator) "
+            "|| !has(self.accelerator.device) || self.accelerator.device != 'cpu'",
+            message="accelerate.strategy: on accelerator.device cpu, accelerate silently takes ddp instead; say ddp",
+            holds=lambda s: s.accelerate.strategy == "ddp" or s.accelerator.device is not Device.CPU,
+        ),
+        Rule(
             cel="!has(self.trainer) || !has(self.lora)",
             message="lora: is for the built-in trainer; a script in trainer.command makes its own",
             holds=lambda s: s.trainer is None or s.lora is None,

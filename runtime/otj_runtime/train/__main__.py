@@ -17,8 +17,8 @@ from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import FailureNote, RunError, Terminated, exit_code
 from otj_runtime.train.assemble import Run, build_run
 from otj_runtime.train.checkpoints import newest_checkpoint
+from otj_runtime.train.export import save_merged
 from otj_runtime.train.heldout import answer_held_out
-from otj_runtime.train.lora import save_merged
 from otj_runtime.train.saving import EXPORT
 
 

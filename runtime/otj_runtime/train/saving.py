@@ -39,6 +39,7 @@ from otj_runtime.train.checkpoints import (
     publish_checkpoint,
     remove_old_checkpoints,
 )
+from otj_runtime.train.export import saved_whole
 from otj_runtime.train.signals import StopOnSignal
 
 EXPORT = "model"
@@ -156,10 +157,11 @@ class SavingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model as a transformers folder with its card, and push it if `args.push_to_hub`. Collective."""
         folder = Path(output_dir or str(self.args.output_dir))
-        super().save_model(str(folder), _internal_call=True)
+        with saved_whole(self.accelerator, whole=not _internal_call):
+            super().save_model(str(folder), _internal_call=True)
         if _internal_call:
             return
-        self._write_card(folder)
+        self.write_card(folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
 
@@ -186,10 +188,11 @@ class SavingTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)
         folder = self._output / EXPORT
-        super().save_model(str(folder), _internal_call=True)
+        with saved_whole(self.accelerator, whole=True):
+            super().save_model(str(folder), _internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self._write_card(folder)
+        self.write_card(folder)
         return upload_folder(  # type: ignore[call-overload]  # it knows literals only
             repo_id=str(self.hub_model_id),
             folder_path=folder,
@@ -199,7 +202,8 @@ class SavingTrainer(Trainer):
             run_as_future=not blocking,
         )
 
-    def _write_card(self, folder: Path) -> None:
+    def write_card(self, folder: Path) -> None:
+        """Write the model card into `folder`, on rank 0."""
         if not self.is_world_process_zero():
             return
         lines, _ = read_metrics(self._output / METRICS_FILE)

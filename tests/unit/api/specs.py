@@ -91,6 +91,11 @@ INVALID = [
         {"dataset": None, "trainer.command": SCRIPT, "training.learning_rate": 0.1},
         "configures the built-in trainer; give the script of trainer.command its arguments there",
     ),
+    Invalid(
+        "a sharded model on CPUs",
+        {"accelerate.strategy": "fsdp2", "accelerator.device": "cpu"},
+        "accelerate.strategy: on accelerator.device cpu, accelerate silently takes ddp instead; say ddp",
+    ),
     Invalid("an adapter for a script", {"dataset": None, "trainer.command": SCRIPT, "lora": {}}, "lora: is for the built-in trainer"),
     Invalid(
         "an adapter alone for requests that span a sync",

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from otj_runtime.api import DType
-from otj_runtime.train.lora import peft_config, save_merged
+from otj_runtime.train.export import save_merged
+from otj_runtime.train.lora import peft_config
 from otj_runtime.weights.adapter import AdapterSync
 from otj_runtime.weights.errors import WeightsDiverged
 from otj_runtime.weights.probe import trainer_scores
@@ -118,13 +119,16 @@ def test_a_merged_export_is_the_policy_as_a_plain_model(tmp_path: Path, policy: 
     class Trainer:
         model, accelerator, processing_class = policy, Accelerator(), Saved()
 
+        def write_card(self, folder: Path) -> None:
+            (folder / "README.md").touch()
+
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     save_merged(Trainer(), tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
     exported = type(base_model()).from_pretrained(tmp_path)
     ours, theirs = (trainer_scores(model, SEQUENCES, DType.FLOAT32).logprobs for model in (policy, exported))
     torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]))
-    assert (tmp_path / "tokenizer.json").exists()
+    assert {"tokenizer.json", "README.md"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_no_lora_means_no_adapter() -> None:
