@@ -69,6 +69,11 @@ class AdapterSync:
         self._pushes = 0
         self._pushed: tuple[int, Path, TrainerScores] | None = None
 
+    @property
+    def version(self) -> int | None:
+        """The version that was pushed last."""
+        return None if self._pushed is None else self._pushed[0]
+
     def push(self, version: int) -> SyncReport:
         """Bring the current adapter into the generator as `version`. Collective.
 
