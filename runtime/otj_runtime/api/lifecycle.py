@@ -16,7 +16,7 @@ _POD = "the pods of a Job cannot change once it exists"
 _RUN = "checkpoints and metrics of two different runs would mix in one output"
 
 FIXED = {
-    **dict.fromkeys(("algorithm", "model", "dataset", "rewards", "training", "trainer", "rollout", "output"), _RUN),
+    **dict.fromkeys(("algorithm", "model", "dataset", "rewards", "training", "trainer", "lora", "rollout", "output"), _RUN),
     **dict.fromkeys(("gpus", "nodes", "generation", "accelerate", "accelerator", "resources"), _POD),
     **dict.fromkeys(("image", "imagePullPolicy", "env", "volumes", "volumeMounts"), _POD),
     **dict.fromkeys(("nodeSelector", "tolerations", "affinity", "priorityClassName", "serviceAccountName"), _POD),
