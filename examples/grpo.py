@@ -1,9 +1,3 @@
-"""GRPO on one machine: one device generates with vLLM, the others train.
-
-python examples/grpo.py                                        # one trainer; on a CPU, or on the first of two GPUs
-accelerate launch --multi_gpu --num_processes 3 examples/grpo.py   # four GPUs: three train, the fourth generates
-"""
-
 import sys
 
 from otj_runtime import GRPOConfig, GRPOTrainer
@@ -13,19 +7,18 @@ dataset = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) f
 
 
 def right_answer(completions, answer, **kwargs):
-    """1 for a completion that begins with the answer, else 0."""
     return [float(text.split()[:1] == [right]) for text, right in zip(completions, answer, strict=True)]
 
 
 training_args = GRPOConfig(
     output_dir="out-grpo",
     use_vllm=True,
-    vllm_max_model_len=128,
+    vllm_max_model_len=256,
     per_device_train_batch_size=16,
     num_generations=8,
     max_completion_length=8,
     learning_rate=1e-5,
-    max_steps=3,
+    max_steps=5,
 )
 trainer = GRPOTrainer(model=model, reward_funcs=right_answer, args=training_args, train_dataset=dataset)
 trainer.train()

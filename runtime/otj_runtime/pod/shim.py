@@ -19,6 +19,10 @@ from otj_runtime.pod.processes import become_subreaper, die_with_parent, kill_de
 
 KILLED = 128 + signal.SIGKILL
 
+ORPHANED = signal.SIGUSR1
+"""The kernel's word that the thread which started the shim has ended. No signal that anybody else sends: while the threads of a killed process
+end one after the other, the shim still has its parent, and could not tell SIGTERM of the one kind from the other."""
+
 
 class Shim:
     """Runs one command to its end."""
@@ -33,9 +37,9 @@ class Shim:
     def run(self) -> int:
         """Exit status of the command, as a shell counts it."""
         become_subreaper()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, ORPHANED):
             signal.signal(number, self._on_signal)
-        die_with_parent(signal.SIGTERM, parent=self._parent)
+        die_with_parent(ORPHANED, parent=self._parent)
         shim = os.getpid()
         self._child = subprocess.Popen(self._command, preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=shim)).pid
         if self._pending is not None:
@@ -53,10 +57,9 @@ class Shim:
                 return 128 - code if code < 0 else code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        orphaned = os.getppid() != self._parent
-        if number == signal.SIGQUIT or orphaned:
+        if number in (signal.SIGQUIT, ORPHANED):
             kill_descendants()
-            if orphaned and self._remove is not None:
+            if number == ORPHANED and self._remove is not None:
                 shutil.rmtree(self._remove, ignore_errors=True)
             os._exit(KILLED)
         if self._child is None:

@@ -8,8 +8,39 @@ import time
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from otj_runtime.rollout.types import Completion, Sampling
+
+
+class Recorder(LogitsProcessor):
+    """Notes the log-probability of every token as `generate` samples it, so that the logits of one step exist at a time: those of all steps
+    take gigabytes.
+
+    Args:
+        temperature: logits are divided by it; 1 for greedy answers.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._last: torch.Tensor | None = None
+        self._noted: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Take in a step's logits, [rows, vocabulary], and the tokens before it, [rows, tokens]; pass the logits on as they are."""
+        self._note(input_ids[:, -1])
+        self._last = torch.log_softmax(scores.float() / self._temperature, dim=-1)
+        return scores
+
+    def logprobs(self, last: torch.Tensor) -> torch.Tensor:
+        """[rows, new tokens] float32, in nats; `last`: [rows], the tokens of the last step."""
+        self._note(last)
+        return torch.stack(self._noted, dim=1)
+
+    def _note(self, tokens: torch.Tensor) -> None:
+        if self._last is not None:
+            self._noted.append(self._last.gather(-1, tokens[:, None])[:, 0])
+            self._last = None
 
 
 class TransformersEngine:
@@ -47,23 +78,27 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         training = self._model.training
         self._model.eval()
-        output = self._model.generate(
+        recorder = Recorder(sampling.temperature or 1.0)
+        sequences = self._model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=sampling.max_tokens,
             do_sample=sampling.temperature > 0,
             temperature=sampling.temperature or None,
+            # Stated, because the model's own generation configuration would fill the gaps and bend the distribution.
             top_k=0 if sampling.temperature > 0 else None,
             top_p=1.0 if sampling.temperature > 0 else None,
+            min_p=None,
+            typical_p=None,
+            repetition_penalty=1.0,
+            num_beams=1,
             pad_token_id=self._pad_id,
             eos_token_id=sorted(self._eos_ids) or None,
-            output_logits=True,
-            return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([recorder]),
         )
         self._model.train(training)
-        logits = torch.stack(output.logits, dim=1).float() / (sampling.temperature or 1.0)  # [rows, new tokens, vocabulary]
-        new = output.sequences[:, width:]
-        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, new[..., None])[..., 0]
+        new = sequences[:, width:]
+        logprobs = recorder.logprobs(new[:, -1])
         completions = [self._cut(new[i].tolist(), logprobs[i].tolist(), policy_version) for i in range(len(rows))]
         self._busy += time.monotonic() - began
         return [completions[i : i + sampling.count] for i in range(0, len(rows), sampling.count)]
