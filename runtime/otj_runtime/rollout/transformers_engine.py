@@ -26,7 +26,7 @@ class Recorder(LogitsProcessor):
         self._last: torch.Tensor | None = None
         self._noted: list[torch.Tensor] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Take in a step's logits, [rows, vocabulary], and the tokens before it, [rows, tokens]; pass the logits on as they are."""
         self._note(input_ids[:, -1])
         self._last = torch.log_softmax(scores.float() / self._temperature, dim=-1)
