@@ -134,6 +134,10 @@ class GRPOTrainer(OnlineTrainer):
             },
             weight=total,
         )
+        # Truncated weights lie on a bound, masked ones at zero.
+        low, high = config.vllm_importance_sampling_clip_min or 0.0, config.vllm_importance_sampling_clip_max or torch.inf
+        bounded = ((weight <= low) | (weight >= high)) & (counts > 0)
+        self.meters.add({"is/truncated_frac": bounded.sum() / total.clamp(min=1)}, weight=total)
         return weight
 
     def _measure_clipping(self, surrogate: Surrogate, mask: torch.Tensor) -> None:

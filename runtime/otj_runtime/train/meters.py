@@ -12,10 +12,10 @@ from accelerate.utils import gather_object
 SUMMED = frozenset({"num_tokens", "tokens_generated"})
 """Counters: summed over ranks and never reset, as TRL does with num_tokens."""
 
-LARGEST = ("/max", "_max", "/max_abs_logprob_diff", "/max_length")
+LARGEST = ("/max", "_max", "/max_abs_logprob_diff", "/max_length", "/max_terminated_length", "mem/peak_gib")
 """Endings of names whose largest value counts."""
 
-SMALLEST = ("/min", "/low_min", "idle/generator")
+SMALLEST = ("/min", "/low_min", "/min_length", "/min_terminated_length", "idle/generator")
 """Endings of names whose smallest value counts."""
 
 Number = float | torch.Tensor
@@ -91,3 +91,12 @@ def _sums(numbers: dict[str, float], accelerator: Any) -> dict[str, float]:
     names = sorted(numbers)
     packed = torch.tensor([numbers[name] for name in names], dtype=torch.float32, device=accelerator.device)
     return dict(zip(names, accelerator.reduce(packed, reduction="sum").tolist(), strict=True))
+
+
+def device_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that was allocated on `device` since the last call, in GiB; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"mem/peak_gib": peak}

@@ -183,9 +183,13 @@ def overlap_metrics(taken: Taken, step: int) -> dict[str, float]:
     """How old the tokens of a generation are at optimizer step `step`, in versions, and how full the pipeline is."""
     ages = [age for group in taken.groups for completion in group.completions for age in completion.token_ages(step)]
     tokens = max(1, sum(count for _, count in ages))
+    longest = max(len(completion.token_ids) for group in taken.groups for completion in group.completions)
+    seconds = max(1e-9, taken.seconds)
     return {
         "time/generate": taken.seconds,
         "time/wait_batch": taken.waited,
+        "gen/tok_s": tokens / seconds,
+        "gen/longest_tok_s": longest / seconds,
         "async/staleness_mean": sum(age * count for age, count in ages) / tokens,
         "async/staleness_max": float(max(age for age, _ in ages)),
         "async/queue": float(taken.ready),

@@ -48,7 +48,8 @@ from otj_runtime.train.loading import (
     with_adapter,
 )
 from otj_runtime.train.logprobs import Scorer, Scores
-from otj_runtime.train.meters import Meters
+from otj_runtime.train.meters import Meters, device_memory
+from otj_runtime.train.mismatch import mismatch
 from otj_runtime.train.prompts import PromptLoader, PromptOrder, prepare_eval_prompts, prepare_prompts, prompt_order
 from otj_runtime.train.report import Reporter
 from otj_runtime.train.sampling import Sampler
@@ -287,15 +288,8 @@ class OnlineTrainer(SavingTrainer):
         assert batch.old_logprobs is not None
         mask = batch.completion_mask
         tokens = mask.sum()
-        difference = ((batch.old_logprobs - batch.sampler_logprobs).abs() * mask).nan_to_num(nan=0.0)
-        self.meters.add(
-            {
-                "sampling/sampling_logp_difference/mean": difference.sum() / tokens.clamp(min=1),
-                "sampling/sampling_logp_difference/max": difference.max(),
-                "entropy": (scores.entropy * mask).sum() / tokens.clamp(min=1),
-            },
-            weight=tokens,
-        )
+        entropy = (scores.entropy * mask).sum() / tokens.clamp(min=1)
+        self.meters.add({"entropy": entropy, **mismatch(batch.old_logprobs, batch.sampler_logprobs, mask)}, weight=tokens)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """transformers estimates this from a dictionary of inputs, which a micro-batch is not; it is reported nowhere."""
@@ -330,6 +324,7 @@ class OnlineTrainer(SavingTrainer):
             now = time.monotonic()
             self.meters.add({"step_time": (now - self._step_began) / max(1.0, self.config.logging_steps)})
             self._step_began = now
+            self.meters.add(device_memory(self.accelerator.device))
             logs = logs | self.meters.take(self.accelerator)
             if self.completions is not None:
                 self.completions.write(self.state.global_step, first=self.is_world_process_zero())
