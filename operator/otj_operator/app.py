@@ -7,29 +7,27 @@ object to the controller and returns, for kopf runs them one after the other for
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
 from typing import Any
 
 import kopf
-from kubernetes.aio import client
 
 from otj_operator.controller import Controller
 from otj_operator.controller.controller import OWN
 from otj_operator.kopf_storage import NoDiffBase, NoProgress
 from otj_operator.kube import load_configuration
+from otj_operator.kube.session import Called, open_session
 from otj_runtime.api import GROUP, PLURAL, VERSION
 from otj_runtime.pod import names
 
-TOKEN_SECONDS = 600
-"""A service account's token is read again this often; the kubelet renews it long before it expires."""
+
+async def watch(controller: Controller, *, namespaces: Sequence[str], called: Called) -> None:
+    """Feed `controller` from watches until the process is told to end by SIGTERM or SIGINT. No `namespaces`: all of them."""
+    where: dict[str, Any] = {"namespaces": list(namespaces)} if namespaces else {"clusterwide": True}
+    await kopf.operator(registry=build_registry(controller, called), settings=build_settings(), standalone=True, **where)
 
 
-async def watch(controller: Controller) -> None:
-    """Feed `controller` from watches until the process is told to end by SIGTERM or SIGINT."""
-    await kopf.operator(registry=build_registry(controller), settings=build_settings(), clusterwide=True, standalone=True)
-
-
-def build_registry(controller: Controller) -> kopf.OperatorRegistry:
+def build_registry(controller: Controller, called: Called) -> kopf.OperatorRegistry:
     """The handlers: three watches and the login."""
     registry = kopf.OperatorRegistry()
 
@@ -53,8 +51,10 @@ def build_registry(controller: Controller) -> kopf.OperatorRegistry:
             controller.workload_changed(dict(event["object"]), deleted=event["type"] == "DELETED")
 
     @kopf.on.login(registry=registry)
-    async def login(**_: Any) -> kopf.ConnectionInfo:
-        return connection(await load_configuration())
+    async def login(**_: Any) -> kopf.AiohttpSession:
+        # One of kopf's own: it closes the session when a token is refused, and logs in again. A watch is a connection of its own.
+        configuration = await load_configuration()
+        return kopf.AiohttpSession(server=configuration.host, aiohttp_session=open_session(configuration, connections=0, called=called))
 
     return registry
 
@@ -83,19 +83,3 @@ def build_settings() -> kopf.OperatorSettings:
     # At INFO kopf writes a line for every event of every object.
     logging.getLogger("kopf").setLevel(logging.WARNING)
     return settings
-
-
-def connection(configuration: client.Configuration) -> kopf.ConnectionInfo:
-    """Our client's configuration in kopf's form."""
-    scheme, _, token = configuration.api_key.get("BearerToken", "").partition(" ")
-    return kopf.ConnectionInfo(
-        server=configuration.host,
-        ca_path=configuration.ssl_ca_cert,
-        ca_data=configuration.ca_cert_data,
-        insecure=not configuration.verify_ssl,
-        certificate_path=configuration.cert_file,
-        private_key_path=configuration.key_file,
-        scheme=scheme if token else None,
-        token=token or None,
-        expiration=datetime.now(UTC) + timedelta(seconds=TOKEN_SECONDS),
-    )

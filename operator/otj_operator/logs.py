@@ -1,4 +1,4 @@
-"""Log lines: JSON objects for machines that collect them, plain text for people."""
+"""Log lines: JSON objects for machines that collect them, plain text for people. `extra={"job": key}` says which job a line is about."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from otj_runtime.api import API_VERSION, KIND
+
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time, level, logger, message, and the job if the line is about one."""
+    """One JSON object per line: time, level, logger, message, and a reference to the object if the line is about one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {
+        line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
         if job := getattr(record, "job", None):
-            line["job"] = job
+            line["object"] = {"apiVersion": API_VERSION, "kind": KIND, "namespace": job.namespace, "name": job.name}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
@@ -30,7 +32,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         job = getattr(record, "job", None)
-        text = f"{datetime.fromtimestamp(record.created):%H:%M:%S} {record.levelname.lower():7} {job + ' ' if job else ''}{record.getMessage()}"
+        text = f"{datetime.fromtimestamp(record.created):%H:%M:%S} {record.levelname.lower():7} {f'{job} ' if job else ''}{record.getMessage()}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 

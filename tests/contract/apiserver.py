@@ -18,12 +18,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.binaries import binaries
 from tests.cluster.host import run, tool
 from tests.cluster.pki import make_certificates
 
 START_SECONDS = 60
+
+OPERATOR_ACCOUNT = "system:serviceaccount:online-training-system:online-training-operator"
+
+_AUDIT_POLICY = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [{"level": "Metadata", "users": [OPERATOR_ACCOUNT]}, {"level": "None"}],
+}
+"""The operator's requests, and nobody else's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,10 @@ class ApiServer:
         path.write_text(json.dumps(config))
         return path
 
+    def requests(self) -> list[dict[str, Any]]:
+        """What the operator asked for since the start, as audit events."""
+        return [json.loads(line) for line in (self.folder / "audit.log").read_text().splitlines()]
+
     def kubectl(self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None) -> str:
         """Run kubectl as admin, or with another kubeconfig.
 
@@ -64,6 +79,7 @@ def api_server(folder: Path) -> Iterator[ApiServer]:
     etcd, peer, secure = free_ports(3)
     make_certificates(folder / "pki", addresses=["127.0.0.1"])
     token = secrets.token_hex(16)
+    (folder / "audit-policy.json").write_text(json.dumps(_AUDIT_POLICY))
     (folder / "tokens.csv").write_text(f'{token},admin,admin,"system:masters"\n')
     url = f"https://127.0.0.1:{secure}"
     with (
@@ -115,6 +131,9 @@ def _kube_apiserver(folder: Path, etcd: int, secure: int) -> list[str]:
         *("--authorization-mode=RBAC", f"--token-auth-file={folder}/tokens.csv", "--allow-privileged=true"),
         *("--service-account-issuer=https://kubernetes.default.svc", f"--service-account-signing-key-file={pki}/service-accounts.key"),
         f"--service-account-key-file={pki}/service-accounts.key",
+        *(f"--audit-policy-file={folder}/audit-policy.json", f"--audit-log-path={folder}/audit.log", "--audit-log-mode=batch"),
+        # As on clusters that are strict about ownerReferences: whoever blocks an owner's deletion needs rights on its finalizers.
+        "--enable-admission-plugins=OwnerReferencesPermissionEnforcement",
         # No controller makes service accounts here, so pods of tests must not need one.
         "--disable-admission-plugins=ServiceAccount",
     ]

@@ -20,6 +20,14 @@ pytestmark = pytest.mark.e2e
 JOB = "grpo-copy"
 START_SECONDS, TRAIN_SECONDS, DELETE_SECONDS = 600.0, 1500.0, 240.0
 GPU = "nvidia.com/gpu"
+CONNECT = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)
+    print("connected")
+except OSError as error:
+    print(type(error).__name__)
+"""
 ACCOUNT = f"system:serviceaccount:{SYSTEM}:{OPERATOR}"
 
 
@@ -120,6 +128,15 @@ def test_the_pod_holds_no_token_of_the_api(training: Run) -> None:
     assert not [volume for volume in pod["spec"]["volumes"] if "projected" in volume or "secret" in volume]
     folder = training.cluster.shell(f"kubectl exec {pod['metadata']['name']} -c trainer -- ls /var/run/secrets/kubernetes.io 2>&1 || true")
     assert "No such file or directory" in folder
+
+
+def test_the_generators_routes_cannot_be_reached_from_another_pod(training: Run, admin: Cluster) -> None:
+    pod = training.pod
+    from_operator = ("exec", f"deployment/{OPERATOR}", "-n", SYSTEM, "--", "python", "-c", CONNECT, pod["status"]["podIP"])
+    assert admin.kubectl(*from_operator, "8081").strip() == "connected", "the launcher's port, which the operator pulls from"
+    assert admin.kubectl(*from_operator, "8000").strip() == "ConnectionRefusedError"
+    inside = training.cluster.kubectl("exec", pod["metadata"]["name"], "-c", "trainer", "--", "python", "-c", CONNECT, "127.0.0.1", "8000")
+    assert inside.strip() == "connected", "vLLM listens, but on loopback only"
 
 
 def test_the_generator_serves_while_three_ranks_train(training: Run) -> None:

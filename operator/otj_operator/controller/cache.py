@@ -6,7 +6,7 @@ version never replaces a newer one, and `take` prunes by a full listing what was
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from otj_operator.plan import JobView, Key, Parent, PodView, WorkloadView
@@ -47,8 +47,13 @@ class Shelf(Generic[V]):
         """Every key that something concerns."""
         return set(self._views)
 
+    def __iter__(self) -> Iterator[V]:
+        return (view for views in self._views.values() for view in views.values())
+
     def put(self, view: V) -> bool:
-        """Keep `view`, unless a version as new is there; says whether it was kept."""
+        """Keep `view`, unless a version as new is there or the object is gone; says whether it was kept."""
+        if view.uid in self._removed:
+            return False  # the answer to a write that the deletion has overtaken
         present = self._views.get(view.key, {}).get(view.uid)
         if present is not None and _version(present) >= _version(view):
             return False
@@ -64,14 +69,14 @@ class Shelf(Generic[V]):
         """A listing starts now: objects removed from here on may still be in it."""
         self._removed.clear()
 
-    def take(self, views: Iterable[V], version: str) -> set[Key]:
-        """Take in a whole listing made at `version`; returns the keys for which something changed."""
+    def take(self, views: Iterable[V], version: str, *, namespace: str | None = None) -> set[Key]:
+        """Take in a whole listing of `namespace` (None: of all) made at `version`; returns the keys for which something changed."""
         views = [view for view in views if view.uid not in self._removed]
         changed = {view.key for view in views if self.put(view)}
         listed = {view.uid for view in views}
-        held = [view for views_of_key in self._views.values() for view in views_of_key.values()]
         # What is newer than the listing was made after it.
-        stale = [view for view in held if view.uid not in listed and _version(view) <= int(version)]
+        seen = (view for view in self if namespace in (None, view.key.namespace))
+        stale = [view for view in seen if view.uid not in listed and _version(view) <= int(version)]
         for view in stale:
             self._drop(view.key, view.uid)
         return changed | {view.key for view in stale}
@@ -110,6 +115,10 @@ class Cache:
         if job is None:
             return None
         return next((workload for workload in self.workloads.of(job.key) if workload.job_uid == job.uid), None)
+
+    def unborn(self, key: Key) -> bool:
+        """Whether a job waits for its Job to be created."""
+        return not self.jobs.of(key) and any(not parent.status for parent in self.parents.of(key))
 
     def forget_end(self, key: Key) -> None:
         """The end of the Job of `key` is written down, or nobody asks for it any more."""

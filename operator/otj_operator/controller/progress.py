@@ -2,6 +2,9 @@
 
 Pulled and not pushed: pods need no API token, and a pod that hangs cannot make the operator wait, for each pull has a short
 deadline. What a pod answers is not trusted: it is read up to a limit, must be a LauncherReport, and redirects are not followed.
+
+All pulls together keep to a rate, so that what they cost, and what their news writes to the API server, does not grow with the jobs:
+with many of them each is asked less often. A launcher that does not answer is asked ever less often, up to once a minute.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pydantic import ValidationError
 
 from otj_operator.controller.queue import KeyedQueue
 from otj_operator.controller.settings import Settings
+from otj_operator.metrics import Metrics
 from otj_operator.plan import Key, PollTarget, Report
 from otj_runtime.pod.metrics import LauncherReport
 
@@ -23,12 +27,23 @@ logger = logging.getLogger(__name__)
 ANSWER_LIMIT = 64 * 1024
 
 
+KEPT_SECONDS = 30.0
+"""A connection is kept so long for the next pull; later ones are made anew, for the launchers of thousands of jobs."""
+
+
+def open_launcher_session() -> aiohttp.ClientSession:
+    """A session for `ProgressPuller.work`: connections are kept between pulls. Cookies are not."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS, use_dns_cache=False)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
+
+
 class ProgressPuller:
     """Follows launchers and keeps the last report of each."""
 
-    def __init__(self, settings: Settings, *, changed: Callable[[Key], None]) -> None:
-        self._settings, self._changed = settings, changed
-        self._queue: KeyedQueue[Key] = KeyedQueue()
+    def __init__(self, settings: Settings, metrics: Metrics, *, changed: Callable[[Key], None]) -> None:
+        self._settings, self._metrics, self._changed = settings, metrics, changed
+        self._timeout = aiohttp.ClientTimeout(total=settings.progress_timeout_seconds)
+        self._queue: KeyedQueue[Key] = KeyedQueue(first_delay=settings.progress_seconds)
         self._targets: dict[Key, PollTarget] = {}
         self._reports: dict[Key, Report] = {}
 
@@ -43,7 +58,8 @@ class ProgressPuller:
                 self._queue.drop(key)
         elif self._targets.get(key) != target:
             self._targets[key] = target
-            self._queue.add(key)
+            # At a restart there are a thousand new ones at once.
+            self._queue.add_after(key, random.uniform(0.0, len(self._targets) / self._settings.progress_rate))
 
     def forget(self, key: Key) -> None:
         """The job is gone."""
@@ -66,18 +82,26 @@ class ProgressPuller:
         try:
             report = Report(pod_uid=target.pod_uid, body=await self._ask(session, target.url))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            logger.debug("no progress from %s: %s", target.url, error, extra={"job": str(key)})
-        else:
-            if self._targets.get(key) == target and self._reports.get(key) != report:
-                self._reports[key] = report
-                self._changed(key)
+            self._metrics.pulls.labels("failed").inc()
+            logger.debug("no progress from %s: %s", target.url, error, extra={"job": key})
+            if key in self._targets:
+                self._queue.retry(key)
+            return
+        self._metrics.pulls.labels("answered").inc()
+        if self._targets.get(key) == target and self._reports.get(key) != report:
+            self._reports[key] = report
+            self._changed(key)
         if key in self._targets:
-            # Jitter keeps jobs that were started together from being asked together.
-            self._queue.add_after(key, self._settings.progress_seconds * random.uniform(0.9, 1.1))
+            self._queue.forget(key)
+            self._queue.add_after(key, self._pause())
+
+    def _pause(self) -> float:
+        """Seconds until a launcher is asked again. Jitter keeps jobs that were started together from being asked together."""
+        enough = len(self._targets) / self._settings.progress_rate
+        return max(self._settings.progress_seconds, enough) * random.uniform(0.9, 1.1)
 
     async def _ask(self, session: aiohttp.ClientSession, url: str) -> LauncherReport:
-        timeout = aiohttp.ClientTimeout(total=self._settings.progress_timeout_seconds)
-        async with session.get(url, timeout=timeout, allow_redirects=False) as response:
+        async with session.get(url, timeout=self._timeout, allow_redirects=False) as response:
             response.raise_for_status()
             body = await response.content.read(ANSWER_LIMIT)
         try:

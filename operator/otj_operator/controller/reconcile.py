@@ -1,6 +1,7 @@
 """One pass for one job: observe, plan, act. Nothing here decides; `otj_operator.plan` does.
 
-Every answer of the API server goes into the cache at once, so that the next pass does not wait for the watch to bring it back.
+Every answer of the API server goes into the cache at once, so that the next pass does not wait for the watch to bring it back. A pass
+that has created a Job ends with that: what to say of it is the next pass, which in a burst waits until every job has its Job.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from typing import Any
 
 from otj_operator.controller import changes
 from otj_operator.controller.cache import Cache
-from otj_operator.kube import EVENTS, JOBS, ONLINE_TRAINING_JOBS, ApiError, Cluster, Resource
+from otj_operator.controller.teller import Teller
+from otj_operator.kube import JOBS, ONLINE_TRAINING_JOBS, ApiError, Cluster, Resource
+from otj_operator.metrics import Metrics
 from otj_operator.plan import Ask, Create, JobView, Key, Look, Observed, Parent, Patch, Refusal, RefusalKind, Report, Settle, Told, plan
 from otj_operator.plan.draft import finished
-from otj_operator.plan.events import Event, event_object
 from otj_operator.plan.planner import taken
-from otj_runtime.api import API_VERSION, KIND
 from otj_runtime.pod.manifest import Manifest
-from otj_runtime.pod.names import MANAGED_BY
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,19 @@ STEPS = 8
 class Reconciler:
     """Brings single jobs to where they should be."""
 
-    def __init__(self, cluster: Cluster, cache: Cache, *, image: str, report_of: Callable[[Key], Report | None]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        cache: Cache,
+        *,
+        image: str,
+        report_of: Callable[[Key], Report | None],
+        teller: Teller,
+        metrics: Metrics,
+        wrote: Callable[[Resource, Object], None],
+    ) -> None:
         self._cluster, self._cache, self._image, self._report_of = cluster, cache, image, report_of
+        self._teller, self._metrics, self._wrote = teller, metrics, wrote
         self._written: dict[Key, datetime] = {}
         self._told: dict[Key, Told] = {}
         self.workloads: Resource | None = None
@@ -68,6 +79,8 @@ class Reconciler:
                     observed = await self._look(observed)
                 case Create(manifest):
                     observed = await self._create(observed, manifest)
+                    if observed.refusal is None:
+                        return Settle(again_after=0.0)
                 case Patch() as change:
                     observed = await changes.patch(self._cluster, self._cache, observed, change, workloads=self.workloads)
                 case Ask(uid):
@@ -85,13 +98,16 @@ class Reconciler:
         return replace(observed, job=JobView.of(raw) if raw else None, absence_confirmed=raw is None)
 
     async def _create(self, observed: Observed, manifest: Manifest) -> Observed:
-        key = observed.parent.key
+        parent = observed.parent
         try:
-            job = JobView.of(await self._cluster.create(JOBS, manifest))
+            raw = await self._cluster.create(JOBS, manifest)
         except ApiError as error:
             return await self._not_created(observed, error)
-        logger.info("created the Job", extra={"job": str(key)})
+        logger.info("created the Job", extra={"job": parent.key})
+        job = JobView.of(raw)
         self._cache.jobs.put(job)
+        self._wrote(JOBS, raw)
+        self._metrics.until_job.observe(parent.age(datetime.now(UTC)))
         return replace(observed, job=job)
 
     async def _not_created(self, observed: Observed, error: ApiError) -> Observed:
@@ -101,21 +117,22 @@ class Reconciler:
                 raise error
             # Ours after all: the cache lags behind an earlier pass, maybe of an earlier process.
             owner = found.job.owner
-            ours = owner is not None and owner.uid == observed.parent.uid
-            return found if ours else replace(found, refusal=taken(found.job, observed.parent))
+            if owner is not None and owner.uid == observed.parent.uid:
+                self._cache.jobs.put(found.job)
+                return found
+            return replace(found, refusal=taken(found.job, observed.parent))
         kinds = {400: RefusalKind.INVALID, 422: RefusalKind.INVALID, 403: RefusalKind.FORBIDDEN}
         if error.status not in kinds:
             raise error
         return replace(observed, refusal=Refusal(kind=kinds[error.status], message=f"The API server refused the Job: {error.message}"))
 
     async def _settle(self, parent: Parent, settled: Settle) -> None:
-        key = parent.key
         if settled.status is not None:
             await self._write(parent, settled.status)
         if finished(settled.status or parent.status):
-            self._cache.forget_end(key)
+            self._cache.forget_end(parent.key)
         for event in settled.events:
-            await self._tell(parent, event)
+            self._teller.tell(parent, event)
 
     async def _write(self, parent: Parent, status: Object) -> None:
         key = parent.key
@@ -128,12 +145,5 @@ class Reconciler:
         )
         self._written[key] = datetime.now(UTC)
         self._cache.parents.put(Parent.of(raw))
-
-    async def _tell(self, parent: Parent, event: Event) -> None:
-        involved = {"apiVersion": API_VERSION, "kind": KIND, "namespace": parent.key.namespace, "name": parent.key.name, "uid": parent.uid}
-        logger.info("%s: %s", event.reason, event.message, extra={"job": str(parent.key)})
-        try:
-            await self._cluster.create(EVENTS, event_object(event, involved=involved, component=MANAGED_BY))
-        except ApiError as error:
-            if error.status != 409:  # 409: told before
-                logger.warning("an event could not be written: %s", error, extra={"job": str(parent.key)})
+        self._wrote(ONLINE_TRAINING_JOBS, raw)
+        self._metrics.written(parent.age(self._written[key]), parent.status, status)

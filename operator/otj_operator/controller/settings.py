@@ -17,12 +17,18 @@ class Settings:
     """Holder name in the Lease: the pod's name."""
     listen_port: int = 8080
     """Port of /healthz and /readyz."""
-    workers: int = 8
-    """Jobs that are reconciled at the same time."""
+    namespaces: tuple[str, ...] = ()
+    """Where jobs are looked for; empty: everywhere."""
+    workers: int = 48
+    """Jobs that are reconciled at the same time. Workers wait for the API server most of their time; a busy one serves whoever asks most."""
     resync_seconds: float = 300.0
     """Time between full listings, which heal what watches missed."""
+    stall_seconds: float = 90.0
+    """A watch that owes a change for longer has stalled. kopf itself starts a silent one anew after 70."""
     progress_seconds: float = 5.0
-    """Time between two pulls of one launcher."""
+    """Time between two pulls of one launcher, if there are few."""
+    progress_rate: float = 100.0
+    """Pulls per second of all launchers together: with more than rate x seconds of them each is asked less often."""
     progress_connections: int = 32
     """Launchers that are asked at the same time."""
     progress_timeout_seconds: float = 2.0

@@ -2,7 +2,7 @@
 
 Reads stay raw: the client's models cost ten times the time and three times the memory of the dictionaries, and refuse a field of the
 wrong type. Every call has a deadline. Writes pass a fence first: a leader that was stopped for a while and lost its Lease
-must not write before it notices.
+must not write before it notices. Nothing is tried again here: who calls knows better, and `ApiError.retry_after` tells what the server wishes.
 """
 
 from __future__ import annotations
@@ -15,24 +15,29 @@ from urllib.parse import urlencode
 
 import aiohttp
 from kubernetes.aio import client
+from yarl import URL
 
 from otj_operator.kube.resources import Resource
+from otj_operator.kube.session import Called, open_session
 
 Object = dict[str, Any]
 
 CALL_SECONDS = 30
 PAGE = 500
-CONNECTIONS = 32
+CONNECTIONS = 64
+
+_TIMEOUT = aiohttp.ClientTimeout(total=CALL_SECONDS)
 
 
 class ApiError(Exception):
-    """The API server said no, or could not be reached (`status` 0)."""
+    """The API server said no, or could not be reached (`status` 0). `retry_after` seconds is when it wants to be asked again."""
 
-    def __init__(self, what: str, *, status: int, reason: str, message: str) -> None:
+    def __init__(self, what: str, *, status: int, reason: str, message: str, retry_after: float = 0.0) -> None:
         super().__init__(f"{what}: {status} {reason}: {message}")
         self.status = status
         self.reason = reason
         self.message = message
+        self.retry_after = retry_after
 
 
 class FencedError(RuntimeError):
@@ -42,17 +47,17 @@ class FencedError(RuntimeError):
 class Cluster:
     """One connection pool to the API server. Use as an async context manager."""
 
-    def __init__(self, configuration: client.Configuration) -> None:
-        configuration.connection_pool_maxsize = CONNECTIONS
-        self._api = client.ApiClient(configuration)
+    def __init__(self, configuration: client.Configuration, *, called: Called = lambda verb, status: None) -> None:
+        self._configuration, self._called = configuration, called
         self.may_write: Callable[[], bool] = lambda: True
         """The fence, asked before every write."""
 
     async def __aenter__(self) -> Self:
+        self._session = open_session(self._configuration, connections=CONNECTIONS, called=self._called)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._api.close()
+        await self._session.close()
 
     async def list(
         self, resource: Resource, *, namespace: str | None = None, labels: str = "", fields: str = ""
@@ -114,25 +119,27 @@ class Cluster:
 
     async def _call(self, method: str, path: str, body: Any = None, *, content_type: str = "application/json") -> Object:
         what = f"{method} {path.split('?')[0]}"
-        serialized = await self._api.param_serialize(
-            method, path, header_params={"Accept": "application/json", "Content-Type": content_type}, auth_settings=["BearerToken"]
-        )
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        headers = {"Content-Type": content_type} if data is not None else None
+        url = URL(self._configuration.host + path, encoded=True)
         try:
-            response = await self._api.call_api(*serialized[:3], body=body, _request_timeout=CALL_SECONDS)
-            data = await response.read()
+            async with self._session.request(method, url, data=data, headers=headers, timeout=_TIMEOUT, allow_redirects=False) as response:
+                answer = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ApiError(what, status=0, reason=type(error).__name__, message=str(error) or "no answer") from error
         if response.status >= 300:
-            raise _error(what, response.status, data)
-        answer: Object = json.loads(data)
-        return answer
+            raise _error(what, response.status, response.headers.get("Retry-After", ""), answer)
+        document: Object = json.loads(answer)
+        return document
 
 
-def _error(what: str, status: int, data: bytes) -> ApiError:
+def _error(what: str, status: int, retry_after: str, data: bytes) -> ApiError:
     """The error in a Status object, or in whatever else a proxy answered."""
     try:
         document = json.loads(data)
         reason, message = str(document.get("reason") or "Unknown"), str(document.get("message") or "")
     except (ValueError, AttributeError):
         reason, message = "Unknown", data[:500].decode(errors="replace")
-    return ApiError(what, status=status, reason=reason, message=message)
+    # In seconds; a date, which HTTP allows too, is not worth the reading.
+    seconds = float(retry_after) if retry_after.isdecimal() else 0.0
+    return ApiError(what, status=status, reason=reason, message=message, retry_after=seconds)

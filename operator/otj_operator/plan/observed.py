@@ -63,9 +63,14 @@ class Parent:
     uid: str
     generation: int
     resource_version: str
+    created: str
     deleting: bool
     document: Object
     status: Object
+
+    def age(self, now: datetime) -> float:
+        """Seconds since its creation, which Kubernetes tells in whole seconds, cut off."""
+        return max(0.0, (now - datetime.fromisoformat(self.created)).total_seconds())
 
     @classmethod
     def of(cls, raw: Object) -> Parent:
@@ -78,6 +83,7 @@ class Parent:
             uid=metadata["uid"],
             generation=metadata.get("generation", 0),
             resource_version=metadata["resourceVersion"],
+            created=metadata["creationTimestamp"],
             deleting="deletionTimestamp" in metadata,
             document={"apiVersion": raw["apiVersion"], "kind": raw["kind"], "metadata": carried, "spec": raw.get("spec")},
             status=raw.get("status") or {},

@@ -38,7 +38,7 @@ def parent(
     document = changed(changes | ({"output.claimName": claim} if claim else {}))
     if queue:
         document["metadata"]["labels"] = {QUEUE_LABEL: queue}
-    document["metadata"] |= {"uid": uid, "generation": generation, "resourceVersion": "1"}
+    document["metadata"] |= {"uid": uid, "generation": generation, "resourceVersion": "1", "creationTimestamp": "2026-01-01T11:59:50Z"}
     if deleting:
         document["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
     return Parent.of(document | {"status": copy.deepcopy(status or {})})

@@ -84,3 +84,27 @@ def test_of_two_jobs_of_one_name_the_own_one_counts() -> None:
     cache.jobs.put(own)
     cache.jobs.put(foreign)
     assert cache.job_of(parent()) == own
+
+
+def test_a_listing_of_one_namespace_says_nothing_about_others(shelf: Shelf[JobView]) -> None:
+    shelf.put(job(version=3))
+    shelf.begin_listing()
+    assert shelf.take([], "10", namespace="elsewhere") == set()
+    assert shelf.take([], "10", namespace="default") == {KEY}
+
+
+def test_the_answer_to_a_write_does_not_bring_back_what_was_deleted_meanwhile(shelf: Shelf[JobView]) -> None:
+    listed = job(version=3)
+    shelf.put(listed)
+    shelf.remove(listed)
+    assert not shelf.put(job(version=5))
+    assert shelf.of(KEY) == ()
+
+
+def test_a_job_is_urgent_until_it_has_its_job_or_a_word_in_its_status() -> None:
+    cache = Cache()
+    assert not cache.unborn(KEY)
+    cache.parents.put(parent())
+    assert cache.unborn(KEY)
+    cache.jobs.put(job())
+    assert not cache.unborn(KEY)

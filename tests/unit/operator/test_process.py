@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -13,11 +14,15 @@ from kubernetes.aio import client
 
 from otj_operator.crd.install import install_manifests
 from otj_operator.health import health_server
-from otj_operator.kube import JOBS, ONLINE_TRAINING_JOBS, Cluster, FencedError
+from otj_operator.kube import JOBS, ONLINE_TRAINING_JOBS, ApiError, Cluster, FencedError
 from otj_operator.logs import JsonFormatter, TextFormatter
-from otj_operator.main import check_crd
+from otj_operator.main import check_crd, patiently
+from otj_operator.metrics import Metrics
+from otj_operator.plan import Key
 from otj_operator.plan.events import Event, event_object
+from otj_runtime.api import API_VERSION, KIND
 from tests.contract.apiserver import free_ports
+from tests.unit.operator.virtual_time import run_virtually
 
 Object = dict[str, Any]
 
@@ -37,22 +42,24 @@ def test_a_log_line_is_one_json_object_that_names_the_job() -> None:
         raise ValueError("bad\nluck")
     except ValueError:
         record = logging.LogRecord("otj", logging.WARNING, "f", 1, "failed in %s", ("x",), sys.exc_info())
-    record.job = "default/run"
+    record.job = Key("default", "run")
     line = JsonFormatter().format(record)
     assert "\n" not in line
     found = json.loads(line)
-    assert (found["level"], found["job"], found["message"]) == ("warning", "default/run", "failed in x")
+    assert (found["level"], found["message"]) == ("warning", "failed in x")
+    assert found["object"] == {"apiVersion": API_VERSION, "kind": KIND, "namespace": "default", "name": "run"}
     assert "ValueError: bad" in found["error"]
     assert " default/run failed in x" in TextFormatter().format(record)
 
 
-@pytest.mark.parametrize(("well", "status"), [(True, 200), (False, 503)])
-async def test_probes_tell_whether_the_process_is_well(well: bool, status: int) -> None:
+@pytest.mark.parametrize(("troubles", "status", "text"), [([], 200, "ok"), (["the watch of jobs has stalled"], 503, "of jobs has stalled")])
+async def test_probes_tell_whether_the_process_is_well(troubles: list[str], status: int, text: str) -> None:
     (port,) = free_ports(1)
-    async with health_server(port, healthy=lambda: well), aiohttp.ClientSession() as session:
+    async with health_server(port, troubles=lambda: troubles, metrics=Metrics()), aiohttp.ClientSession() as session:
         for path in ("healthz", "readyz"):
             async with session.get(f"http://127.0.0.1:{port}/{path}") as response:
                 assert response.status == status
+                assert text in await response.text()
 
 
 async def test_a_process_that_may_not_lead_any_more_writes_nothing() -> None:
@@ -75,6 +82,50 @@ async def test_an_operator_on_a_cluster_without_the_crd_says_what_to_apply() -> 
     async with _Empty(client.Configuration(host="http://127.0.0.1:1")) as cluster:
         with pytest.raises(SystemExit, match=r"does not serve onlinetrainingjobs.*apply manifests/crd.yaml first"):
             await check_crd(cluster)
+
+
+def test_an_api_server_that_is_away_at_the_start_is_waited_for() -> None:
+    answers = [ApiError("GET", status=status, reason="x", message="y") for status in (0, 503, 429)]
+
+    async def ask() -> str:
+        if answers:
+            raise answers.pop(0)
+        return "there"
+
+    async def scenario() -> None:
+        assert await patiently("asking", ask) == "there"
+
+    run_virtually(scenario())
+
+
+@pytest.mark.parametrize(("status", "at_once"), [(403, True), (404, True), (503, False)])
+def test_what_time_does_not_heal_is_not_waited_for_and_nothing_for_ever(status: int, at_once: bool) -> None:
+    asked = 0
+
+    async def ask() -> None:
+        nonlocal asked
+        asked += 1
+        raise ApiError("GET", status=status, reason="x", message="y")
+
+    async def scenario() -> None:
+        with pytest.raises(ApiError):
+            await patiently("asking", ask, seconds=0.5, first_pause=0.2)
+
+    asyncio.run(scenario())
+    assert (asked == 1) is at_once
+
+
+def test_an_operator_for_some_namespaces_has_rights_there_and_nowhere_else() -> None:
+    manifests = install_manifests(("team-a", "team-b"))
+    bindings = {(m["roleRef"]["name"], m["metadata"].get("namespace")) for m in manifests if m["kind"].endswith("Binding")}
+    assert bindings == {
+        ("online-training-operator", "team-a"),
+        ("online-training-operator", "team-b"),
+        ("online-training-operator-crd", None),
+        ("online-training-operator-leader", "online-training-system"),
+    }
+    (deployment,) = (m for m in manifests if m["kind"] == "Deployment")
+    assert "--namespaces=team-a,team-b" in deployment["spec"]["template"]["spec"]["containers"][0]["args"]
 
 
 def test_the_operator_may_not_read_secrets_nor_touch_pods() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from aiohttp import web
 
 from otj_operator.controller.progress import ANSWER_LIMIT, ProgressPuller
 from otj_operator.controller.settings import Settings
+from otj_operator.metrics import Metrics
 from otj_operator.plan import Key, PollTarget
 from otj_runtime.api import Progress
 from otj_runtime.pod.metrics import LauncherReport
@@ -44,16 +46,16 @@ class Launcher:
 
 
 @asynccontextmanager
-async def pulling() -> AsyncIterator[tuple[ProgressPuller, Launcher, asyncio.Queue[Key], PollTarget]]:
+async def pulling(settings: Settings = SETTINGS) -> AsyncIterator[tuple[ProgressPuller, Launcher, asyncio.Queue[Key], PollTarget]]:
     launcher, changes = Launcher(), asyncio.Queue[Key]()
     app = web.Application()
     app.router.add_get("/progress", launcher.handle)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     port = runner.addresses[0][1]
-    puller = ProgressPuller(SETTINGS, changed=changes.put_nowait)
+    puller = ProgressPuller(settings, Metrics(), changed=changes.put_nowait)
     async with aiohttp.ClientSession() as session:
         worker = asyncio.create_task(puller.work(session))
         yield puller, launcher, changes, PollTarget(pod_uid="pod-1", url=f"http://127.0.0.1:{port}/progress")
@@ -88,6 +90,29 @@ async def test_a_launcher_that_is_not_followed_any_more_is_not_asked() -> None:
         assert puller.report_of(KEY) is not None, "the last report outlives the launcher"
         puller.forget(KEY)
         assert puller.report_of(KEY) is None
+
+
+async def test_all_pulls_together_keep_to_a_rate() -> None:
+    settings = Settings(runtime_image="x", progress_seconds=0.01, progress_rate=50.0)
+    async with asyncio.timeout(10), pulling(settings) as (puller, launcher, _changes, target):
+        for number in range(20):
+            puller.follow(Key("default", f"run-{number}"), target)
+        began = asyncio.get_running_loop().time()
+        for _ in range(60):
+            await launcher.asked.get()
+        assert asyncio.get_running_loop().time() - began > 0.8, "60 pulls at 50 a second, the first 20 spread over 0.4 s"
+
+
+async def test_a_launcher_that_does_not_answer_is_asked_ever_less_often() -> None:
+    async with asyncio.timeout(10), pulling() as (puller, launcher, _changes, target):
+        launcher.answer = _broken
+        puller.follow(KEY, target)
+        moments = []
+        for _ in range(5):
+            await launcher.asked.get()
+            moments.append(asyncio.get_running_loop().time())
+        pauses = [later - earlier for earlier, later in itertools.pairwise(moments)]
+        assert pauses[-1] > 2 * pauses[0]
 
 
 async def _slow(_: web.Request) -> web.Response:

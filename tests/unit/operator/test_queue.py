@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otj_operator.controller import KeyedQueue
+from otj_operator.controller.queue import FAIR
 from tests.unit.operator.virtual_time import run_virtually
 
 
@@ -78,6 +79,30 @@ def test_retries_wait_longer_each_time_up_to_a_limit_and_start_anew_after_succes
         assert len(set(delays)) == len(delays), "without jitter all jobs come back at once"
         queue.forget("a")
         assert queue.retry("a") <= 1.0
+
+    run(scenario())
+
+
+def test_urgent_keys_go_first_but_do_not_starve_the_others() -> None:
+    async def scenario() -> None:
+        queue: KeyedQueue[str] = KeyedQueue(urgent=lambda key: key.startswith("new"))
+        for number in range(3):
+            queue.add(f"old-{number}")
+        for number in range(3 * FAIR):
+            queue.add(f"new-{number}")
+        order = [await queue.get() for _ in range(3 * FAIR)]
+        assert order[: FAIR - 1] == [f"new-{number}" for number in range(FAIR - 1)]
+        assert [key for key in order if key.startswith("old")] == ["old-0", "old-1", "old-2"]
+
+    run(scenario())
+
+
+def test_a_retry_waits_as_long_as_the_server_wishes() -> None:
+    async def scenario() -> None:
+        queue: KeyedQueue[str] = KeyedQueue(first_delay=0.2)
+        queue.retry("a", at_least=7.0)
+        await queue.get()
+        assert 7.0 < now() < 7.3
 
     run(scenario())
 
