@@ -42,6 +42,7 @@ Row = dict[str, Any]
 
 JOBS_IN_BURST = 1000
 SAMPLES_IDLE = 100
+FLEET = 1000
 STEADY_SECONDS = 60.0
 LEVELS = (100, 1000, 5000)
 FOREIGN_PODS = 20_000
@@ -131,7 +132,7 @@ async def steady_and_restart(_: argparse.Namespace) -> tuple[Row, Row]:
         fleet = Fleet(api, port=port)
         async with fleet.followed():
             with operator(server, name="steady") as process:
-                await fleet.grow(1000)
+                await fleet.grow(FLEET)
                 await _until_quiet(process)
                 steady = await _steady(api, process)
             return steady, await _restart(server, api)
@@ -156,14 +157,14 @@ async def _steady(api: Api, process: Running) -> Row:
     behind = [now - step for step in steps.values()]
     share, rss, rate = used / seconds, process.peak_mib(), written / seconds
     return {
-        "jobs": 1000,
+        "jobs": FLEET,
         "cpu_share_of_a_core": round(share, 3),
         "rss_peak_mib": round(rss, 1),
         "status_writes_per_s": round(rate, 1),
         "pulls_per_s": round(pulls / seconds, 1),
         "jobs_written": len(steps),
         "behind_p99_s": percentile(behind, 99) if behind else None,
-        "passed": share <= 0.4 and rss <= 150 and rate <= 200 and len(steps) == 1000,
+        "passed": share <= 0.4 and rss <= 150 and rate <= 200 and len(steps) == FLEET,
     }
 
 
@@ -172,7 +173,7 @@ async def _restart(server: ApiServer, api: Api) -> Row:
     written: list[str] = []
     Launchers.frozen_at = int(time.monotonic() - Launchers.began)
     with operator(server, name="steady") as process:
-        await until_async("the last news is written", lambda: _pulled(process, 1000))
+        await until_async("the last news is written", lambda: _pulled(process, FLEET))
         await asyncio.sleep(10)
 
     def told(kind: str, thing: Object) -> None:
@@ -181,9 +182,9 @@ async def _restart(server: ApiServer, api: Api) -> Row:
     async with api.watching(ONLINE_TRAINING_JOBS, told), api.watching(JOBS, told):
         began = time.monotonic()
         with operator(server, name="steady") as process:
-            await until_async("1,000 jobs were looked at", lambda: _passed(process, 1000))
+            await until_async("every job was looked at", lambda: _passed(process, FLEET))
             ready = time.monotonic() - began
-            await until_async("every launcher was asked", lambda: _pulled(process, 1000))
+            await until_async("every launcher was asked", lambda: _pulled(process, FLEET))
             await asyncio.sleep(2)
             found = await process.metrics()
             rss = process.rss_mib()
@@ -191,7 +192,7 @@ async def _restart(server: ApiServer, api: Api) -> Row:
     calls = (value for name, value in found.items() if name.startswith("otj_api_calls_total") and ('"patch"' in name or '"create"' in name))
     writes = len(written) + int(sum(calls))
     return {
-        "jobs": 1000,
+        "jobs": FLEET,
         "ready_s": round(ready, 2),
         "writes": writes,
         "rss_mib": round(rss, 1),
