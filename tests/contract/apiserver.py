@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +74,8 @@ class ApiServer:
 
 
 @contextmanager
-def api_server(folder: Path) -> Iterator[ApiServer]:
-    """Start etcd and kube-apiserver in `folder`, and end them."""
+def api_server(folder: Path, *, plugins: Sequence[str] = ()) -> Iterator[ApiServer]:
+    """Start etcd and kube-apiserver, with more admission plugins than the default ones, in `folder`, and end them."""
     etcd, peer, secure = free_ports(3)
     make_certificates(folder / "pki", addresses=["127.0.0.1"])
     token = secrets.token_hex(16)
@@ -84,7 +84,7 @@ def api_server(folder: Path) -> Iterator[ApiServer]:
     url = f"https://127.0.0.1:{secure}"
     with (
         _process(folder, "etcd", _etcd(folder, etcd, peer)),
-        _process(folder, "kube-apiserver", _kube_apiserver(folder, etcd, secure)) as server,
+        _process(folder, "kube-apiserver", _kube_apiserver(folder, etcd, secure, plugins)) as server,
     ):
         started = ApiServer(url=url, folder=folder, admin=folder / "admin.kubeconfig")
         started.kubeconfig("admin", token)
@@ -121,7 +121,7 @@ def _etcd(folder: Path, client: int, peer: int) -> list[str]:
     ]
 
 
-def _kube_apiserver(folder: Path, etcd: int, secure: int) -> list[str]:
+def _kube_apiserver(folder: Path, etcd: int, secure: int, plugins: Sequence[str]) -> list[str]:
     pki = folder / "pki"
     return [
         str(binaries() / "kube-apiserver"),
@@ -132,8 +132,7 @@ def _kube_apiserver(folder: Path, etcd: int, secure: int) -> list[str]:
         *("--service-account-issuer=https://kubernetes.default.svc", f"--service-account-signing-key-file={pki}/service-accounts.key"),
         f"--service-account-key-file={pki}/service-accounts.key",
         *(f"--audit-policy-file={folder}/audit-policy.json", f"--audit-log-path={folder}/audit.log", "--audit-log-mode=batch"),
-        # As on clusters that are strict about ownerReferences: whoever blocks an owner's deletion needs rights on its finalizers.
-        "--enable-admission-plugins=OwnerReferencesPermissionEnforcement",
+        *([f"--enable-admission-plugins={','.join(plugins)}"] if plugins else []),
         # No controller makes service accounts here, so pods of tests must not need one.
         "--disable-admission-plugins=ServiceAccount",
     ]

@@ -6,12 +6,14 @@ The log has every request of every operator that ran on this server before, so r
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.host import ClusterError
-from tests.contract.apiserver import OPERATOR_ACCOUNT, ApiServer
+from tests.contract.apiserver import OPERATOR_ACCOUNT, ApiServer, api_server
+from tests.contract.conftest import install
 from tests.contract.kubelet import Kubelet
 from tests.contract.operator_process import eventually, running_operator
 from tests.contract.runs import Run
@@ -46,7 +48,13 @@ def test_every_right_is_used_and_nothing_else_was_asked_for(server: ApiServer, k
     assert granted - asked - CHECKED_AT_ADMISSION == set(), "rights that nothing uses"
 
 
-def test_a_job_cannot_be_created_without_the_right_to_its_owners_finalizers(server: ApiServer) -> None:
+def test_a_strict_cluster_wants_the_right_to_the_owners_finalizers(tmp_path: Path) -> None:
+    with api_server(tmp_path, plugins=["OwnerReferencesPermissionEnforcement"]) as strict:
+        install(strict)
+        _without_and_with_the_right(strict)
+
+
+def _without_and_with_the_right(server: ApiServer) -> None:
     role = json.loads(server.kubectl("get", "clusterrole", "online-training-operator", "-o", "json"))
     rules = [rule for rule in role["rules"] if not any(resource.endswith("/finalizers") for resource in rule["resources"])]
     lesser = {"apiVersion": role["apiVersion"], "kind": "ClusterRole", "metadata": {"name": "lesser"}, "rules": rules}
