@@ -64,7 +64,13 @@ def settings(config: PodConfig) -> Settings:
         "main_process_port": config.rendezvous_port,
         "main_training_function": "main",
     }
-    return derived | _STRATEGIES.get(config.accelerate.strategy, {}) | config.accelerate.config
+    derived |= _STRATEGIES.get(config.accelerate.strategy, {})
+    return derived | {key: _over(derived.get(key), value) for key, value in config.accelerate.config.items()}
+
+
+def _over(derived: Any, given: Any) -> Any:
+    """`given`; of two sections, `given` over `derived`, so that one key of a section can be changed."""
+    return derived | given if isinstance(derived, dict) and isinstance(given, dict) else given
 
 
 def write_settings(keys: Settings, directory: Path) -> Path:

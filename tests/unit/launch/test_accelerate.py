@@ -62,6 +62,13 @@ def test_fsdp2_asks_for_the_second_version() -> None:
     assert accelerate.settings(config_of(device="cuda", strategy="fsdp2"))["fsdp_config"]["fsdp_version"] == 2
 
 
+def test_one_key_of_a_section_can_be_changed() -> None:
+    section = accelerate.settings(config_of(device="cuda", strategy="fsdp2", config={"fsdp_config": {"fsdp_offload_params": True}}))[
+        "fsdp_config"
+    ]
+    assert (section["fsdp_version"], section["fsdp_offload_params"]) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("cores", "ranks", "asked", "threads"),
     [(2, 3, None, 1), (64, 7, None, 9), (64, 7, "4", 4), (8, 1, "", 8), (8, 2, "many", 4)],
