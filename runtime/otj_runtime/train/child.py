@@ -34,7 +34,7 @@ import torch
 
 from otj_runtime.api import Device, DType
 from otj_runtime.api.spec import GenerationSpec
-from otj_runtime.pod.commands import server_command, server_environment
+from otj_runtime.pod.commands import MAX_SEQUENCES, server_command, server_environment
 from otj_runtime.train.config import OnlineConfig
 from otj_runtime.train.devices import Placement, place_generator, shared_warning, visible_devices
 from otj_runtime.train.generator import Generator
@@ -79,11 +79,13 @@ class ServerPlan:
         generation: vLLM's settings.
         dtype: what it computes in.
         placement: where it runs.
+        sequences: completions under way at most; None leaves it to vLLM.
     """
 
     generation: GenerationSpec
     dtype: DType
     placement: Placement
+    sequences: int | None = None
 
     @property
     def device(self) -> Device:
@@ -120,7 +122,8 @@ def plan_server(args: OnlineConfig) -> ServerPlan:
         max_model_len=args.vllm_max_model_len,
         enable_prefix_caching=args.vllm_enable_prefix_caching,
     )
-    return ServerPlan(generation=generation, dtype=_dtype(args, placement), placement=placement)
+    sequences = min(MAX_SEQUENCES, args.world_size * args.completions_per_rank * (1 + args.staleness))
+    return ServerPlan(generation=generation, dtype=_dtype(args, placement), placement=placement, sequences=sequences)
 
 
 def _dtype(args: OnlineConfig, placement: Placement) -> DType:
@@ -154,7 +157,14 @@ class ChildGenerator:
             dtype=plan.dtype,
             ready_timeout_s=float(plan.generation.ready_timeout_seconds),
         )
-        server = server_command(plan.generation, model=str(described), url=self.generator.url, dtype=plan.dtype, device=plan.device)
+        server = server_command(
+            plan.generation,
+            model=str(described),
+            url=self.generator.url,
+            dtype=plan.dtype,
+            device=plan.device,
+            sequences=plan.sequences,
+        )
         self._command = [sys.executable, "-m", "otj_runtime.pod.shim", "--remove", str(self._folder), sys.executable, *server[1:]]
         self._environment = _environment(plan)
         output.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from otj_runtime.api.inputs import DatasetSpec
 from otj_runtime.data.load import load_prompts
 from otj_runtime.data.model import build_tiny
+from otj_runtime.pod.errors import RewardFailed
 from otj_runtime.pod.metrics import MetricsLine, read_metrics
 from otj_runtime.rewards import load_rewards
 from otj_runtime.rollout.transformers_engine import TransformersEngine
@@ -148,3 +150,23 @@ def test_a_resumed_run_asks_again_for_the_prompts_in_flight_and_loses_none(tiny:
     whole, halves = ([[answer.prompt for answer in line.completions] for line in steps_of(tmp_path / name)] for name in ("whole", "halves"))
     assert halves == whole
     assert len(whole) == 6
+
+
+def test_a_reward_that_breaks_in_the_background_ends_the_run_and_leaves_no_thread(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def breaks(completions: list[str], **_: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise ValueError("no more")
+        return [float(len(text)) for text in completions]
+
+    monkeypatch.setattr(TransformersEngine, "shares_model", False)
+    args = GRPOConfig(output_dir=str(tmp_path), **(BASE | {"max_steps": 9}))
+    data = load_prompts(DatasetSpec(task="copy", args={"length": 4}), seed=0)
+    with pytest.raises(RewardFailed, match="no more"):
+        GRPOTrainer(str(tiny), breaks, args=args, train_dataset=data).train()
+    assert [line.step for line in steps_of(tmp_path)] == [1, 2]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollouts")]
