@@ -170,3 +170,13 @@ def test_a_reward_that_breaks_in_the_background_ends_the_run_and_leaves_no_threa
         GRPOTrainer(str(tiny), breaks, args=args, train_dataset=data).train()
     assert [line.step for line in steps_of(tmp_path)] == [1, 2]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollouts")]
+
+
+def test_half_precision_and_checkpointing_leave_tokens_and_sampler_in_agreement(tiny: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"bf16": True, "gradient_checkpointing": True, "per_device_train_batch_size": 64, "max_steps": 3}
+    trainer = trainer_for(tiny, tmp_path, beta=0.1, **changes)
+    trainer.train()
+    assert all(parameter.dtype is torch.float32 for parameter in trainer.model.parameters())
+    for line in steps_of(tmp_path):
+        assert line.metrics["sampling/sampling_logp_difference/mean"] < 0.02
+        assert 0 < line.metrics["grad_norm"] < 10
