@@ -232,9 +232,14 @@ class OnlineDPOConfig(OnlineConfig):
     )
     loss_type: str = field(default="sigmoid", metadata={"help": "Preference loss: sigmoid or ipo."})
     missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken from the reward of a completion that does not end."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Older name of max_completion_length; it wins where both are given."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_new_tokens is not None:
+            self.max_completion_length = self.max_new_tokens
         require("loss_type", self.loss_type, ("sigmoid", "ipo"))
         betas = self.beta if isinstance(self.beta, list) else [self.beta]
         if not betas or min(betas) <= 0:

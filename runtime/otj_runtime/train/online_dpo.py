@@ -8,6 +8,7 @@ rewards (a judge's are the pairwise comparisons that a completion won) - missing
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -20,13 +21,34 @@ from otj_runtime.train.trainer import OnlineTrainer
 
 
 class OnlineDPOTrainer(OnlineTrainer):
-    """Rows come in pairs, chosen first. A group without a preference is counted (`frac_reward_zero_std`) and skipped."""
+    """Rows come in pairs, chosen first. A group without a preference is counted (`frac_reward_zero_std`) and skipped.
+
+    Args:
+        reward_model: older TRL's name of `reward_funcs`.
+        reward_processing_class: older TRL's name of `reward_processing_classes`.
+        ref_model: the model to compare with. Default: the policy as it is now.
+        arguments, keywords: see `OnlineTrainer`.
+    """
 
     algorithm = Algorithm.ONLINE_DPO
     config_class = OnlineDPOConfig
     config: OnlineDPOConfig
     unit = 2
     needs_reference = True
+
+    def __init__(
+        self, *arguments: Any, reward_model: Any = None, reward_processing_class: Any = None, ref_model: Any = None, **keywords: Any
+    ) -> None:
+        if reward_model is not None:
+            keywords |= {"reward_funcs": reward_model, "reward_processing_classes": reward_processing_class}
+        self._given_reference = ref_model
+        super().__init__(*arguments, **keywords)
+
+    def make_reference(self) -> Any | None:
+        """The one that was given, else see `OnlineTrainer`."""
+        if self._given_reference is None:
+            return super().make_reference()
+        return self._given_reference.to(self.accelerator.device).eval().requires_grad_(False)
 
     @property
     def beta(self) -> float:

@@ -24,9 +24,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from huggingface_hub import upload_folder
+from accelerate.utils import set_seed
 from transformers import Trainer
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.utils.hub import hf_api
 
 from otj_runtime.api import Algorithm
 from otj_runtime.pod.metrics import read_metrics
@@ -79,6 +80,7 @@ class SavingTrainer(Trainer):
 
     def __init__(self, *, base_model: str, dataset_name: str | None, reward_names: Sequence[str], **keywords: Any) -> None:
         super().__init__(**keywords)
+        set_seed(self.args.seed, device_specific=True)  # ranks that generate by themselves must not all draw the same numbers
         self.pop_callback(JITCheckpointCallback)
         self.stop = StopOnSignal(self.accelerator, self.save_last_step)
         self.add_callback(self.stop)
@@ -193,7 +195,7 @@ class SavingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.write_card(folder)
-        return upload_folder(  # type: ignore[call-overload]  # it knows literals only
+        return hf_api().upload_folder(  # type: ignore[call-overload]  # it knows literals only
             repo_id=str(self.hub_model_id),
             folder_path=folder,
             commit_message=commit_message,
