@@ -107,17 +107,18 @@ class Pipeline:
         Raises:
             GeneratorLost, RewardFailed: see `Rollouts.collect`.
         """
-        flight = self._flights.popleft()
+        flight, *later = self._flights
         if flight.generation != generation:
             raise ValueError(f"generation {generation} is asked for, generation {flight.generation} is next")
         began = time.monotonic()
-        ready = sum(later.future.done() for later in self._flights)
+        ready = sum(other.future.done() for other in later)
         try:
             groups = flight.future.result(WAIT_SECONDS)
         except TimeoutError as error:
             if flight.future.done():
                 raise
             raise GeneratorLost(f"the rollouts of generation {generation} were not there after {WAIT_SECONDS:.0f} s") from error
+        self._flights.popleft()  # only now: a wait that a signal ends leaves it in flight, to be called off
         now = time.monotonic()
         return Taken(
             groups=groups,
@@ -125,7 +126,7 @@ class Pipeline:
             seconds=(flight.ended or now) - flight.began,
             waited=now - began,
             ready=ready,
-            in_flight=len(self._flights) - ready,
+            in_flight=len(later) - ready,
         )
 
     def cancel(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otj_runtime.pod.errors import RewardFailed
+from otj_runtime.pod.errors import GeneratorLost, RewardFailed
 from otj_runtime.rollout.collect import Rollouts
 from otj_runtime.rollout.pipeline import Pipeline
 from otj_runtime.rollout.types import Cancelled, Completion, Group, Sampling
@@ -99,3 +99,14 @@ def test_cancelling_leaves_nothing_in_flight() -> None:
     rollouts.answer(0)
     line.cancel()
     assert all(future.done() for future in rollouts.futures)
+
+
+def test_what_was_being_waited_for_is_called_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollouts = RecordedRollouts()
+    line = pipeline(rollouts, 0)
+    line.fill(0, last=9, policy_version=0)
+    monkeypatch.setattr("otj_runtime.rollout.pipeline.WAIT_SECONDS", 0.01)
+    with pytest.raises(GeneratorLost, match="the rollouts of generation 0 were not there"):
+        line.take(0)
+    line.cancel()
+    assert rollouts.futures[0].done()
