@@ -14,6 +14,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from otj_runtime.api.inputs import RewardSpec
@@ -122,6 +123,8 @@ def _reward(spec: RewardSpec, name: str, function: RewardFunction, *, default_s:
 
 
 def _model(name: str, args: dict[str, Any]) -> RewardModel:
+    if name.startswith("/") and not Path(name).is_dir():
+        raise _failed(name, "there is no such folder", "check it, and the volume mounted there")
     try:
         return RewardModel(name, **args)
     except TypeError as error:

@@ -70,12 +70,15 @@ def build_run(config: PodConfig) -> Run:
     """Everything loaded and connected; the generator need not answer yet."""
     arguments = build_arguments(config)
     kind = GRPOTrainer if config.algorithm is Algorithm.GRPO else OnlineDPOTrainer
+    held_out = held_out_prompts(config.prompts)
+    if arguments.eval_strategy != "no" and not held_out:
+        raise InvalidSpec("training.eval_strategy: there is nothing to evaluate on; set dataset.evalSplit")
     trainer = kind(
         config.model_path,
         load_rewards(config.rewards, task=config.prompts.task),
         args=arguments,
         train_dataset=load_prompts(config.prompts, seed=arguments.seed),
-        eval_dataset=held_out_prompts(config.prompts) or None,
+        eval_dataset=held_out or None,
         peft_config=peft_config(config.lora),
         generator=pod_generator(config),
     )
