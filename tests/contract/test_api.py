@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from otj_runtime.api.lifecycle import CHANGEABLE, FIXED
+from otj_runtime.pod.names import QUEUE_LABEL
 from tests.cluster.host import REPOSITORY, ClusterError
 from tests.contract.apiserver import ApiServer
-from tests.unit.api.specs import INVALID, VALID, Invalid, changed
+from tests.unit.api.specs import INVALID, REFUSED_BY_THE_SERVER, VALID, Invalid, changed
 
 pytestmark = pytest.mark.integration
 
@@ -24,7 +25,7 @@ def test_a_sample_is_accepted(server: ApiServer, path: Path) -> None:
     assert "created (server dry run)" in server.kubectl("apply", "--dry-run=server", "-f", str(path))
 
 
-@pytest.mark.parametrize("case", INVALID, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*INVALID, *REFUSED_BY_THE_SERVER], ids=lambda case: case.name)
 def test_an_invalid_spec_is_refused_at_apply_with_the_fix(server: ApiServer, case: Invalid) -> None:
     with pytest.raises(ClusterError) as refused:
         server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(case.document()))
@@ -87,6 +88,18 @@ def test_what_may_change_may_be_set_changed_and_removed(server: ApiServer, name:
         server.kubectl("patch", "otj", "loose", "--type=merge", "-p", json.dumps({"spec": {name: value}}))
     server.kubectl("label", "otj", "loose", "team=a")
     server.kubectl("delete", "otj", "loose")
+
+
+def test_a_queue_cannot_change_once_the_job_is_in_it(server: ApiServer) -> None:
+    document = changed({}, name="queued-once")
+    document["metadata"]["labels"] = {QUEUE_LABEL: "a"}
+    server.kubectl("create", "-f", "-", stdin=json.dumps(document))
+    server.kubectl("label", "otj", "queued-once", f"{QUEUE_LABEL}=b", "--overwrite")
+    status = json.dumps({"status": {"jobUid": "1"}})
+    server.kubectl("patch", "otj", "queued-once", "--subresource=status", "--type=merge", "-p", status)
+    with pytest.raises(ClusterError, match=r'queue-name\]: cannot change from "b" to "c", because the Job was queued with the first'):
+        server.kubectl("label", "otj", "queued-once", f"{QUEUE_LABEL}=c", "--overwrite")
+    server.kubectl("delete", "otj", "queued-once")
 
 
 def test_the_api_server_fills_in_the_defaults_that_users_see(server: ApiServer) -> None:

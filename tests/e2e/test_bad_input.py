@@ -30,10 +30,10 @@ def changed(name: str, change: dict[str, Any]) -> Object:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("one-gpu", {"gpus": 1}, "gpus: needs at least 2: one generates, the others train"),
+        ("one-gpu", {"gpus": 1}, "gpus: 1 is too few, it needs at least 2: one generates, the others train"),
         ("algorithm", {"algorithm": "PPO"}, 'spec.algorithm: Unsupported value: "PPO": supported values: "GRPO", "OnlineDPO"'),
         ("unknown-argument", {"training": {"learning_rte": 1.0e-3}}, 'unknown field "spec.training.learning_rte"'),
-        ("indivisible", {"training": {"num_generations": 7}}, "training.num_generations: does not divide the completions of a rank"),
+        ("indivisible", {"training": {"num_generations": 7}}, "training.num_generations: 7 does not divide the"),
         ("model-twice", {"model": {"name": "a/b", "path": "/models/b"}}, "give exactly one of model.name"),
     ],
 )

@@ -162,6 +162,10 @@ def test_its_conditions_tell_the_end(succeeded: Run) -> None:
         "Created": ("True", "JobCreated"),
         "GeneratorReady": ("False", "Finished"),
         "Running": ("False", "Finished"),
+        "WeightsInSync": ("False", "Finished"),
+        "Progressing": ("False", "Finished"),
+        "CheckpointFresh": ("False", "OutputNotKept"),
+        "Suspended": ("False", "Finished"),
         "Succeeded": ("True", "Finished"),
     }
     assert {c["observedGeneration"] for c in found["status"]["conditions"]} == {found["metadata"]["generation"]}

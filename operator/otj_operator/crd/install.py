@@ -11,6 +11,7 @@ from typing import Any
 
 from otj_operator.crd.definition import NAME as CRD_NAME
 from otj_operator.crd.definition import custom_resource_definition
+from otj_operator.crd.policy import admission_policy
 from otj_operator.main import LEASE_NAME
 from otj_runtime.api import GROUP, PLURAL
 from otj_runtime.pod.config import Layout
@@ -39,6 +40,7 @@ def install_manifests(namespaces: Sequence[str] = ()) -> list[Manifest]:
     return [
         _namespace(),
         custom_resource_definition(),
+        *admission_policy(),
         _service_account(),
         *_rights(namespaces),
         *_rights_of_users(),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from otj_operator.crd.schema import Schema, preserving
+from otj_operator.crd.schema import Schema, preserving, told
 from otj_runtime.api import Algorithm, training_arguments
-from otj_runtime.api.training import NOT_FOR_SCRIPTS, RESERVED, Argument, reserved_arguments
+from otj_runtime.api.training import GROUPS_ARE_TORN, NOT_FOR_SCRIPTS, RESERVED, TOO_FEW_IN_A_GROUP, Argument, reserved_arguments
 
 
 def training_schema(description: str) -> Schema:
@@ -76,10 +76,9 @@ def _reserved_rule(name: str) -> Schema:
 
 
 def _group_rule() -> Schema:
-    # No messageExpression here or below: the API server reckons a number turned to text as endless and refuses the CRD.
     return {
         "rule": "!has(self.num_generations) || self.num_generations >= 2",
-        "message": "training.num_generations: is too few: a completion is judged against others of its prompt; use at least 2",
+        **told(f"training.num_generations: {TOO_FEW_IN_A_GROUP}", "self.num_generations"),
     }
 
 
@@ -103,8 +102,7 @@ def _batch_rule() -> Schema:
     group = _value("num_generations")
     return {
         "rule": f"{group} < 2 || ({per_rank}) % {group} == 0",
-        "message": "training.num_generations: does not divide the completions of a rank (per_device_train_batch_size x "
-        "steps_per_generation, which defaults to gradient_accumulation_steps): make it a divisor, or the batch a multiple",
+        **told(f"training.num_generations: {GROUPS_ARE_TORN}", group, per_rank),
     }
 
 

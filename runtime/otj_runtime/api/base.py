@@ -16,11 +16,22 @@ from pydantic.alias_generators import to_camel
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One validation rule of a model: `cel` for the API server, `holds` for Python, one message for both."""
+    """One validation rule of a model: `cel` for the API server, `holds` for Python, one message for both.
+
+    A message may show values: `values` fills its %s and %d here, `cel_values` the same ones there. `field` is where the API server
+    says it, relative to the model.
+    """
 
     cel: str
     message: str
     holds: Callable[[Any], bool]
+    values: Callable[[Any], tuple[Any, ...]] | None = None
+    cel_values: tuple[str, ...] = ()
+    field: str = ""
+
+    def told_of(self, model: Any) -> str:
+        """The message about `model`, which breaks the rule."""
+        return self.message if self.values is None else self.message % self.values(model)
 
 
 class ApiModel(BaseModel):
@@ -34,7 +45,7 @@ class ApiModel(BaseModel):
     def _hold_rules(self) -> ApiModel:
         for rule in self.rules:
             if not rule.holds(self):
-                raise ValueError(rule.message)
+                raise ValueError(rule.told_of(self))
         return self
 
     def to_wire(self) -> dict[str, Any]:

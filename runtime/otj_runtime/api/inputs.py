@@ -5,6 +5,7 @@ A secret never stands here: a judge's key is named by the environment variable t
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -13,6 +14,11 @@ from otj_runtime.api.base import ApiModel, Rule
 
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+BUILT_IN_TASKS = ("addition", "copy", "reverse")
+PUZZLE = "^reasoning_gym/[a-z0-9_]+$"
+"""Names of tasks that another package makes: its own list is not known here, so the pod checks the rest."""
 
 
 class DatasetSpec(ApiModel):
@@ -49,6 +55,14 @@ class DatasetSpec(ApiModel):
     )
 
     rules = (
+        Rule(
+            cel=f"!has(self.task) || self.task in {list(BUILT_IN_TASKS)} || self.task.matches('{PUZZLE}')",
+            message=f"task: there is no built-in task %s; there are {', '.join(BUILT_IN_TASKS)} and reasoning_gym/NAME",
+            holds=lambda d: d.task is None or d.task in BUILT_IN_TASKS or re.match(PUZZLE, d.task) is not None,
+            values=lambda d: (d.task,),
+            cel_values=("self.task",),
+            field="task",
+        ),
         Rule(
             cel="(has(self.task) ? 1 : 0) + (has(self.name) ? 1 : 0) + (has(self.path) ? 1 : 0) == 1",
             message="give exactly one of dataset.task (built in), dataset.name (on the hub) and dataset.path (on a mounted volume)",

@@ -62,8 +62,11 @@ class ModelSpec(ApiModel):
         ),
         Rule(
             cel="!has(self.path) || self.path.startsWith('/')",
-            message="model.path must be absolute: the path inside the container at which a volume mounts the model",
+            message="path: %s must be absolute: the path inside the container at which a volume mounts the model",
             holds=lambda m: m.path is None or m.path.startswith("/"),
+            values=lambda m: (m.path,),
+            cel_values=("self.path",),
+            field="path",
         ),
         Rule(
             cel="!has(self.revision) || has(self.name)",
@@ -98,8 +101,11 @@ class GenerationSpec(ApiModel):
     rules = (
         Rule(
             cel="!has(self.tensorParallelSize) || self.gpus % self.tensorParallelSize == 0",
-            message="generation.tensorParallelSize must divide generation.gpus",
+            message="tensorParallelSize: %d must divide generation.gpus, which is %d: one copy of the model is spread over that many",
             holds=lambda g: g.tensor_parallel_size is None or g.gpus % g.tensor_parallel_size == 0,
+            values=lambda g: (g.tensor_parallel_size, g.gpus),
+            cel_values=("self.tensorParallelSize", "self.gpus"),
+            field="tensorParallelSize",
         ),
     )
 
@@ -302,13 +308,19 @@ class OnlineTrainingJobSpec(ApiModel):
     rules = (
         Rule(
             cel="self.gpus >= 2",
-            message="gpus: needs at least 2: one generates, the others train",
+            message="gpus: %d is too few, it needs at least 2: one generates, the others train",
             holds=lambda s: s.gpus >= 2,
+            values=lambda s: (s.gpus,),
+            cel_values=("self.gpus",),
+            field="gpus",
         ),
         Rule(
             cel="!has(self.generation) || !has(self.generation.gpus) || self.gpus < 2 || self.generation.gpus < self.gpus",
-            message="generation.gpus must leave at least one of gpus to train",
+            message="generation.gpus: %d of gpus, which is %d, must leave at least one to train",
             holds=lambda s: s.gpus < 2 or s.generation.gpus < s.gpus,
+            values=lambda s: (s.generation.gpus, s.gpus),
+            cel_values=("self.generation.gpus", "self.gpus"),
+            field="generation.gpus",
         ),
         Rule(
             cel="has(self.dataset) != has(self.trainer)",

@@ -55,6 +55,14 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+TOO_FEW_IN_A_GROUP = "%d is too few: a completion is judged against others of its prompt; use at least 2"
+GROUPS_ARE_TORN = (
+    "%d does not divide the %d completions of a rank (per_device_train_batch_size x steps_per_generation, which defaults to "
+    "gradient_accumulation_steps): make it a divisor, or the batch a multiple"
+)
+"""Messages about num_generations; the API server says the same."""
+
+
 @dataclass(frozen=True)
 class Argument:
     """One training argument: the JSON types it may have, and its default under each algorithm that takes it."""
@@ -133,11 +141,6 @@ def _check_groups(*, algorithm: Algorithm, arguments: dict[str, Any], ranks: int
     per_rank = completions_per_rank(algorithm=algorithm, arguments=arguments)
     group = argument_value("num_generations", algorithm=algorithm, arguments=arguments)
     if group < 2:
-        raise ValueError(
-            f"training.num_generations: {group} is too few: a completion is judged against others of its prompt; use at least 2"
-        )
+        raise ValueError(f"training.num_generations: {TOO_FEW_IN_A_GROUP % group}")
     if per_rank % group:
-        raise ValueError(
-            f"training.num_generations: {group} does not divide the {per_rank} completions of a rank (per_device_train_batch_size x "
-            f"steps_per_generation, which defaults to gradient_accumulation_steps; there are {ranks} ranks): make it a divisor, or the batch a multiple"
-        )
+        raise ValueError(f"training.num_generations: {GROUPS_ARE_TORN % (group, per_rank)}")

@@ -54,13 +54,13 @@ EXACTLY_ONE_DATASET = "give exactly one of dataset.task (built in), dataset.name
 DATASET_OR_SCRIPT = "give either dataset, for the built-in trainer, or trainer.command, whose script loads its own"
 SCRIPT = ["python", "/scripts/train.py"]
 EXACTLY_ONE_REWARD = "give exactly one of function, model and judge in each of rewards"
-TOO_FEW_GPUS = "gpus: needs at least 2: one generates, the others train"
+TOO_FEW_GPUS = "is too few, it needs at least 2: one generates, the others train"
 NOT_DIVIDED = "does not divide the"
-OTHER = "unknown argument of"
+TASKS = "addition, copy, reverse and reasoning_gym/NAME"
 
 INVALID = [
-    Invalid("one GPU", {"gpus": 1}, TOO_FEW_GPUS),
-    Invalid("no GPU", {"gpus": 0}, TOO_FEW_GPUS),
+    Invalid("one GPU", {"gpus": 1}, f"gpus: 1 {TOO_FEW_GPUS}"),
+    Invalid("no GPU", {"gpus": 0}, f"gpus: 0 {TOO_FEW_GPUS}"),
     Invalid(
         "GPUs in words", {"gpus": "four"}, 'spec.gpus: Invalid value: "string": spec.gpus in body must be of type integer', "spec.gpus"
     ),
@@ -76,7 +76,11 @@ INVALID = [
     Invalid("no model", {"model": None}, "spec.model: Required value", "spec.model"),
     Invalid("an empty model", {"model": {}}, EXACTLY_ONE_MODEL),
     Invalid("a model by name and path", {"model.path": "/models/x"}, EXACTLY_ONE_MODEL),
-    Invalid("a relative model path", {"model": {"path": "models/x"}}, "model.path must be absolute"),
+    Invalid(
+        "a relative model path",
+        {"model": {"path": "models/x"}},
+        "path: models/x must be absolute: the path inside the container at which a volume mounts the model",
+    ),
     Invalid("a revision of a path", {"model": {"path": "/m", "revision": "main"}}, "model.revision goes with model.name"),
     Invalid("an unknown dtype", {"model.dtype": "int8"}, 'spec.model.dtype: Unsupported value: "int8"', "spec.model.dtype"),
     Invalid("no dataset", {"dataset": None}, DATASET_OR_SCRIPT),
@@ -139,7 +143,7 @@ INVALID = [
         {"rewards": [{"judge": {"url": "http://host/v1", "model": "m", "template": "{prompt}: {a} or b?"}}]},
         "judge.template must contain {prompt}, {a} and {b}",
     ),
-    Invalid("every GPU generates", {"generation.gpus": 4}, "generation.gpus must leave at least one of gpus to train"),
+    Invalid("every GPU generates", {"generation.gpus": 4}, "generation.gpus: 4 of gpus, which is 4, must leave at least one to train"),
     Invalid(
         "no GPU generates",
         {"generation.gpus": 0},
@@ -149,7 +153,7 @@ INVALID = [
     Invalid(
         "uneven tensor parallelism",
         {"generation.gpus": 3, "generation.tensorParallelSize": 2},
-        "generation.tensorParallelSize must divide generation.gpus",
+        "tensorParallelSize: 2 must divide generation.gpus, which is 3",
     ),
     Invalid(
         "no memory for vLLM",
@@ -205,9 +209,15 @@ INVALID = [
         "training.reward_weights: is decided by the job; set spec.rewards[].weight instead",
     ),
     Invalid(
-        "groups of one", {"training.num_generations": 1}, "is too few: a completion is judged against others of its prompt; use at least 2"
+        "groups of one",
+        {"training.num_generations": 1},
+        "training.num_generations: 1 is too few: a completion is judged against others of its prompt; use at least 2",
     ),
-    Invalid("groups that do not divide the batch", {"training.num_generations": 3}, NOT_DIVIDED),
+    Invalid(
+        "groups that do not divide the batch",
+        {"training.num_generations": 3},
+        "training.num_generations: 3 does not divide the 8 completions of a rank",
+    ),
     Invalid("groups larger than the batch", {"training.per_device_train_batch_size": 4}, NOT_DIVIDED),
     Invalid(
         "groups torn by accumulation", {"training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 3}, NOT_DIVIDED
@@ -251,6 +261,44 @@ INVALID = [
         'spec.imagePullPolicy: Unsupported value: "Sometimes"',
         "spec.imagePullPolicy",
     ),
+    Invalid("a misspelt task", {"dataset.task": "cpoy"}, f"task: there is no built-in task cpoy; there are {TASKS}"),
+    Invalid("a package's task without a name", {"dataset.task": "reasoning_gym/"}, "there is no built-in task reasoning_gym/;"),
+    Invalid("an empty task", {"dataset.task": ""}, "spec.dataset.task in body should be at least 1 chars long", "spec.dataset.task"),
+    Invalid("an empty image", {"image": ""}, "spec.image in body should be at least 1 chars long", "spec.image"),
+    Invalid(
+        "a controller without a domain",
+        {"managedBy": "mine"},
+        "spec.managedBy in body should match '^[a-z0-9.-]+/[A-Za-z0-9._-]+$'",
+        "spec.managedBy",
+    ),
+    Invalid(
+        "no time at all",
+        {"activeDeadlineSeconds": 0},
+        "spec.activeDeadlineSeconds in body should be greater than or equal to 1",
+        "spec.activeDeadlineSeconds",
+    ),
+    Invalid(
+        "more time than Kubernetes can count",
+        {"activeDeadlineSeconds": 3000000000},
+        "spec.activeDeadlineSeconds in body should be less than or equal to 2147483647",
+        "spec.activeDeadlineSeconds",
+    ),
+    Invalid("a suspension in words", {"suspend": "sometimes"}, "spec.suspend in body must be of type boolean", "spec.suspend"),
+    Invalid(
+        "too many retries", {"backoffLimit": 1001}, "spec.backoffLimit in body should be less than or equal to 1000", "spec.backoffLimit"
+    ),
+    Invalid(
+        "no time for the generator",
+        {"generation.readyTimeoutSeconds": 0},
+        "spec.generation.readyTimeoutSeconds in body should be greater than or equal to 1",
+        "spec.generation.readyTimeoutSeconds",
+    ),
+    Invalid(
+        "no room for a prompt",
+        {"generation.maxModelLen": 0},
+        "spec.generation.maxModelLen in body should be greater than or equal to 1",
+        "spec.generation.maxModelLen",
+    ),
     Invalid("a misspelt field", {"gpu": 4}, 'unknown field "spec.gpu"', "spec.gpu: unknown field"),
     Invalid(
         "a misspelt field of generation",
@@ -259,3 +307,10 @@ INVALID = [
         "spec.generation.maxLen: unknown field",
     ),
 ]
+
+REFUSED_BY_THE_SERVER = [
+    Invalid("an unnamed variable", {"env": [{"value": "1"}]}, "spec.env[0].name: Required value"),
+    Invalid("a volume without a name", {"volumes": [{"emptyDir": {}}]}, "spec.volumes[0].name: Required value"),
+    Invalid("a mount without a path", {"volumeMounts": [{"name": "v"}]}, "spec.volumeMounts[0].mountPath: Required value"),
+]
+"""Pieces of a pod, which only the API server judges."""

@@ -12,7 +12,7 @@ import pytest
 from otj_operator.crd.__main__ import rendered
 from otj_operator.crd.check import violations
 from otj_operator.crd.definition import COLUMNS, custom_resource_definition, object_schema
-from otj_operator.crd.schema import structural_schema
+from otj_operator.crd.schema import structural_schema, told
 from otj_runtime.api import Algorithm, ApiModel, OnlineTrainingJobSpec, parse_job, training_arguments
 from otj_runtime.api.lifecycle import CHANGEABLE, FIXED
 from tests.unit.api.specs import VALID
@@ -40,6 +40,11 @@ def test_the_crd_is_small_enough_for_client_side_apply() -> None:
 def test_kubectl_get_shows_the_run_at_a_glance() -> None:
     shown = [title.upper() for title, _, _, priority in COLUMNS if priority == 0]
     assert shown == ["ALGORITHM", "GPUS", "STATE", "STEP", "REWARD", "AGE"]
+
+
+def test_a_message_shows_its_values_and_escapes_its_quotes() -> None:
+    assert told("plain") == {"message": "plain"}
+    assert told("it's %d", "self.gpus") == {"messageExpression": "'it\\'s %d'.format([self.gpus])"}
 
 
 def test_every_field_either_may_change_or_says_why_not() -> None:
@@ -78,7 +83,7 @@ def test_every_training_argument_is_a_property_of_its_type() -> None:
 def test_every_rule_has_a_message() -> None:
     rules = [rule for node in _nodes(object_schema()) for rule in node.get("x-kubernetes-validations", [])]
     assert len(rules) > len(Algorithm) + len(OnlineTrainingJobSpec.rules)
-    assert all(rule["message"] for rule in rules)
+    assert all(rule.get("message") or rule["messageExpression"] for rule in rules)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from otj_runtime.api.inputs import BUILT_IN_TASKS, PUZZLE
+from otj_runtime.data.puzzles import PREFIX
 from otj_runtime.data.tasks import TASKS, Sample, make_samples
 from otj_runtime.data.tiny import tokenizer
 from otj_runtime.pod.errors import DatasetInvalid
@@ -107,3 +110,8 @@ def test_wrong_arguments_are_refused_with_what_there_is(name: str, args: dict[st
     with pytest.raises(DatasetInvalid) as caught:
         make_samples(name, args, seed=0)
     assert words in str(caught.value)
+
+
+def test_the_api_knows_every_task_by_name() -> None:
+    assert (*TASKS,) == BUILT_IN_TASKS
+    assert re.match(PUZZLE, f"{PREFIX}chain_sum")

@@ -31,7 +31,7 @@ def test_render_prints_the_operators_job(file: Path, capsys: pytest.CaptureFixtu
     ("change", "fault"),
     [
         ("training.max_stepz=3", "spec.training.max_stepz: unknown argument of GRPOConfig; did you mean max_steps?"),
-        ("gpus=1", "spec.gpus: needs at least 2: one generates, the others train"),
+        ("gpus=1", "spec.gpus: 1 is too few, it needs at least 2: one generates, the others train"),
         ("algorithm=PPO", "spec.algorithm: Input should be 'GRPO' or 'OnlineDPO' (found 'PPO')"),
     ],
 )

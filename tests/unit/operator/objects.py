@@ -166,8 +166,17 @@ def training_pod(**changes: Any) -> PodView:
     return pod(**({"model": ended(0), "generator": running(ready=True), "trainer": running(ready=True)} | changes))
 
 
-def report(step: int | None = None, *, total: int = 150, reward: str = "0.5", pod_name: str = "run-1", phase: str = "training") -> Report:
-    """What a launcher told."""
-    progress = Progress() if step is None else Progress(step=step, total_steps=total, reward=reward)
-    body = LauncherReport.model_validate({"phase": phase, "generatorReady": True, "progress": progress.to_wire()})
-    return Report(pod_uid=f"uid-{pod_name}", body=body)
+def report(
+    step: int | None = None,
+    *,
+    total: int = 150,
+    reward: str = "0.5",
+    pod_name: str = "run-1",
+    phase: str = "training",
+    overdue: str | None = None,
+    **progress: Any,
+) -> Report:
+    """What a launcher told; further keywords are fields of its progress."""
+    told = Progress() if step is None else Progress(step=step, total_steps=total, reward=reward, **progress)
+    body = {"phase": phase, "generatorReady": True, "overdue": overdue, "progress": told.to_wire()}
+    return Report(pod_uid=f"uid-{pod_name}", body=LauncherReport.model_validate(body))

@@ -71,7 +71,7 @@ def test_a_created_job_is_pending() -> None:
 def test_a_spec_that_does_not_parse_fails_with_its_fault() -> None:
     failed = status(Observed(parent=parent(gpus=1)))
     assert condition(failed, "Failed") == ("True", "InvalidSpec")
-    assert "gpus: needs at least 2" in message(failed, "Failed")
+    assert "gpus: 1 is too few, it needs at least 2" in message(failed, "Failed")
 
 
 def test_a_job_that_is_deleted_before_anything_happened_is_left_alone() -> None:

@@ -117,7 +117,7 @@ def test_what_time_does_not_heal_is_not_waited_for_and_nothing_for_ever(status: 
 
 def test_an_operator_for_some_namespaces_has_rights_there_and_nowhere_else() -> None:
     manifests = install_manifests(("team-a", "team-b"))
-    bindings = {(m["roleRef"]["name"], m["metadata"].get("namespace")) for m in manifests if m["kind"].endswith("Binding")}
+    bindings = {(m["roleRef"]["name"], m["metadata"].get("namespace")) for m in manifests if m["kind"].endswith("RoleBinding")}
     assert bindings == {
         ("online-training-operator", "team-a"),
         ("online-training-operator", "team-b"),
