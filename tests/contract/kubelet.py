@@ -43,6 +43,13 @@ class Kubelet:
             containerStatuses=[container("trainer", ready=True, running={"startedAt": TIME})],
         )
 
+    def bind(self, pod: str) -> None:
+        """The scheduler gives it a node: only then is it deleted with its grace period instead of at once."""
+        target = {"apiVersion": "v1", "kind": "Node", "name": "node-1"}
+        binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod, "namespace": self.namespace}, "target": target}
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/binding"
+        self.server.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(binding))
+
     def start_pod_generator(self, pod: str) -> None:
         """The generator's readiness probe succeeds."""
         self.pod_status(

@@ -50,6 +50,8 @@ CHANGES: dict[str, Any] = {
     "rewards": [{"function": "mine.rewards.score"}],
     "gpus": 8,
     "generation": {"enablePrefixCaching": False},
+    "rollout": {"staleness": 1},
+    "lora": {},
     "training": {"learning_rate": 0.1},
     "accelerate": {"config": {"a": 1}},
     "image": "another",

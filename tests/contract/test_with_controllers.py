@@ -100,6 +100,7 @@ def test_a_run_that_was_made_suspended_runs_when_it_is_resumed(managed_server: A
 def test_a_running_run_is_paused_and_goes_on(managed_server: ApiServer, kubelet: Kubelet) -> None:
     run = Run(managed_server, "pausing")
     (first,) = eventually("a pod", lambda: pods(managed_server, "pausing"))
+    kubelet.bind(first)
     kubelet.run_pod(first)
     run.wait("Running")
     run.change({"suspend": True})

@@ -80,8 +80,9 @@ class Draft:
 
     def end(self, kind: ConditionType, reason: Reason, message: str, *, time: str | None = None) -> None:
         """Set a terminal condition, and with it everything that is over."""
-        self.rest(reason, message)
-        self.say(ConditionType.SUSPENDED, False, reason, message)
+        told = f"The run is over; {kind} says how."  # a long message need not stand there five times
+        self.rest(reason, told)
+        self.say(ConditionType.SUSPENDED, False, reason, told)
         for said in (ConditionType.QUOTA_RESERVED, ConditionType.CHECKPOINT_FRESH):
             self.keep(said)
         self.say(kind, True, reason, message)
