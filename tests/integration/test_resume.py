@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, Any] = {
 }
 """Two optimizer steps of two micro-batches per generation: checkpoints fall into the middle of generations too."""
 
-OF_THE_CLOCK = ("time/", "step_time", "idle/")
+OF_THE_CLOCK = ("time/", "step_time", "idle/", "gen/", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,9 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any, rank_state: dict[str, Any] | None = None) -> None:
         super()._save_checkpoint(model, trial)
         step = self.state.global_step
-        torch.save(rank_state or self.rank_state(), self._output / INCOMPLETE / f"checkpoint-{step}" / self._rank_file)
+        folder = self._output / INCOMPLETE / f"checkpoint-{step}"
+        folder.mkdir(parents=True, exist_ok=True)  # rank 0 may still be on its way
+        torch.save(rank_state or self.rank_state(), folder / self._rank_file)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish_checkpoint(self._output, step)
