@@ -24,14 +24,15 @@ def main() -> None:
     if strategy == "fsdp2":
         _shard(model, int(size))
     sync = WeightSync(model=model, directory=Path(mailbox), control=GeneratorControl(url), dtype=DType.FLOAT32)
-    reports = [_facts(sync.push(70))]
+    reports = [_facts(sync.push(70), sync)]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    reports.append(_facts(sync.push(71)))
+    reports.append(_facts(sync.push(71), sync))
     model.model.norm.register_forward_hook(lambda module, args, out: out * 1.01)
+    sync.push(72)
     try:
-        sync.push(72)
+        sync.proven(72)
         error = ""
     except WeightsDiverged as divergence:
         error = str(divergence)
@@ -49,8 +50,8 @@ def _shard(model: torch.nn.Module, size: int) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _facts(report: SyncReport) -> dict[str, float]:
-    return {"version": report.version, "bytes": report.bytes, "max_abs": report.agreement.max_abs}
+def _facts(report: SyncReport, sync: WeightSync) -> dict[str, float]:
+    return {"version": report.version, "bytes": report.bytes, "max_abs": sync.proven(report.version).agreement.max_abs}
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorNotReady
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
-from otj_runtime.weights.install import Phases, install
-from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.install import Installer, Phases
+from otj_runtime.weights.layout import Layout, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
 from otj_runtime.weights.probe import EXACT_BOUND, random_sequences
 from otj_runtime.weights.sync import WeightSync
@@ -72,9 +72,10 @@ def _largest_difference(left: list[list[float]], right: list[list[float]]) -> fl
 
 
 def test_after_a_push_the_generator_serves_the_trainers_weights_instead_of_its_dummy_ones(server: Generator) -> None:
-    report = _sync(server, _load(server.model)).push(0)
+    sync = _sync(server, _load(server.model))
+    report = sync.push(0)
     assert server.control.weight_version() == "0"
-    assert report.agreement.max_abs <= EXACT_BOUND
+    assert _proven(sync, 0) <= EXACT_BOUND
     assert report.attempts == 1
     assert report.bytes == 4 * sum(tensor.numel() for tensor in policy_tensors(_load(server.model)).values())
 
@@ -87,7 +88,8 @@ def test_every_family_of_parameters_arrives(server: Generator) -> None:
     for version, family in enumerate(families, start=11):
         before = server.control.score(SEQUENCES)
         assert _perturb(model, family) > 0
-        assert sync.push(version).agreement.max_abs <= EXACT_BOUND
+        sync.push(version)
+        assert _proven(sync, version) <= EXACT_BOUND
         # The change was large enough that the probe would have missed it.
         assert _largest_difference(before, server.control.score(SEQUENCES)) > 5 * EXACT_BOUND, family
 
@@ -100,7 +102,8 @@ def test_a_corrupted_mailbox_is_refused_and_the_previous_weights_go_on_serving(t
     path = Path(tied_server.config.mailbox) / "policy.mailbox"
     _perturb(model, "proj")
     layout = _layout(model)
-    _publish(MailboxWriter(path, layout), model, version=31)
+    writer = MailboxWriter(path, layout)
+    ticket = _publish(writer, model, version=31)
     with path.open("r+b") as file:
         # Both slots: the damage must hit the one that was published.
         for slot in (0, 1):
@@ -109,7 +112,7 @@ def test_a_corrupted_mailbox_is_refused_and_the_previous_weights_go_on_serving(t
     with pytest.raises(
         WeightSyncFailed, match=f"update: .*tensor {layout.tensors[5].name} of version 31 does not fit its checksum"
     ) as caught:
-        install(tied_server.control, path, 31, Phases())
+        _install(tied_server, writer, ticket)
     assert caught.value.phase == "update"
     assert tied_server.control.weight_version() == "30"
     assert tied_server.control.score(SEQUENCES) == before
@@ -122,18 +125,23 @@ def test_a_model_of_another_shape_is_refused_with_the_phase(tied_server: Generat
     sync.push(33)
     path = Path(tied_server.config.mailbox) / "policy.mailbox"
     del model.model.layers[1]
-    _publish(MailboxWriter.create(path, _layout(model)), model, version=34)
-    with pytest.raises(WeightSyncFailed, match=r"update: .*version 34 brings nothing for \d+ parameters, the first is model.layers.1"):
-        install(tied_server.control, path, 34, Phases())
+    writer = MailboxWriter.create(path, _layout(model))
+    ticket = _publish(writer, model, version=34)
+    with pytest.raises(WeightSyncFailed, match=r"install: .*version 34 brings nothing for \d+ parameters, the first is model.layers.1"):
+        _install(tied_server, writer, ticket)
     assert tied_server.control.weight_version() == "33"
-    assert _sync(tied_server, _load(tied_server.model)).push(35).agreement.max_abs <= EXACT_BOUND
+    sync = _sync(tied_server, _load(tied_server.model))
+    sync.push(35)
+    assert _proven(sync, 35) <= EXACT_BOUND
 
 
 def test_a_trainer_that_is_another_model_than_it_sends_diverges(tied_server: Generator) -> None:
     model = _load(tied_server.model)
     model.model.norm.register_forward_hook(lambda module, args, output: output * 1.01)
+    sync = _sync(tied_server, model)
+    sync.push(40)
     with pytest.raises(WeightsDiverged, match=r"policy version 40 \(float32\): .* Worst: token \d+ at position"):
-        _sync(tied_server, model).push(40)
+        sync.proven(40)
 
 
 def test_a_request_in_flight_is_finished_with_the_new_weights(tied_server: Generator) -> None:
@@ -146,7 +154,8 @@ def test_a_request_in_flight_is_finished_with_the_new_weights(tied_server: Gener
     versions = [51, 52, 53]
     for version in versions:
         _perturb(model, "proj", seed=version)
-        assert sync.push(version).agreement.max_abs <= EXACT_BOUND
+        sync.push(version)
+        assert _proven(sync, version) <= EXACT_BOUND
     asking.join(timeout=120)
     (answer,) = answers
     spans = [choice["weight_versions"] for choice in answer["choices"]]
@@ -162,6 +171,7 @@ def test_a_restarted_generator_gets_the_current_version_back_from_the_mailbox(ti
     _perturb(model, "proj", seed=60)
     sync = _sync(tied_server, model)
     sync.push(60)
+    assert _proven(sync, 60) <= EXACT_BOUND
     scores = tied_server.control.score(SEQUENCES)
     _perturb(model, "proj", seed=61)  # the trainer has moved on; the mailbox has not
     tied_server.kill()
@@ -171,7 +181,8 @@ def test_a_restarted_generator_gets_the_current_version_back_from_the_mailbox(ti
     assert tied_server.control.weight_version() == "60"
     assert _largest_difference(tied_server.control.score(SEQUENCES), scores) <= EXACT_BOUND
     sync.reinstall()  # nothing to do
-    assert sync.push(61).agreement.max_abs <= EXACT_BOUND
+    sync.push(61)
+    assert _proven(sync, 61) <= EXACT_BOUND
 
 
 def test_an_absent_generator_fails_the_push_after_its_deadline(tied_model: Path, tmp_path: Path) -> None:
@@ -208,12 +219,25 @@ def _layout(model: Any) -> Layout:
     return Layout.of(((name, tuple(tensor.shape)) for name, tensor in policy_tensors(model).items()), torch.float32)
 
 
-def _publish(writer: MailboxWriter, model: Any, *, version: int) -> None:
+def _proven(sync: WeightSync, version: int) -> float:
+    """Largest difference that the probe found; the version was right at once."""
+    proof = sync.proven(version)
+    assert not proof.again
+    return proof.agreement.max_abs
+
+
+def _publish(writer: MailboxWriter, model: Any, *, version: int) -> Ticket:
     """Publish the model as `version`, without asking the generator to install it."""
     ticket = writer.begin(version)
-    for name, tensor in policy_tensors(model).items():
-        writer.write(ticket, name, tensor)
+    writer.write(ticket, policy_tensors(model).items())
     writer.publish(ticket)
+    return ticket
+
+
+def _install(server: Generator, writer: MailboxWriter, ticket: Ticket) -> None:
+    installer = Installer(server.control, Path(server.config.mailbox) / "policy.mailbox")
+    installer.begin(ticket, Phases())
+    installer.end(ticket, writer.receipts, Phases())
 
 
 def _generate(url: str, *, tokens: int, count: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Weights from a stream of named tensors into the pod's generator: what is left of a weight sync when the trainer is not ours.
 
-    push(step, shapes, tensors)   mailbox: begin, write as they come, publish; generator: init, pause, ..., resume
+    push(step, shapes, tensors)   mailbox: begin, write as they come, publish; generator: stages it, installs it
     prove(model, prompts)         both sides score the first prompts of the run, as after every sync of the built-in trainer
     faithfully(ask)               an answer that the pushed weights gave from beginning to end
 
@@ -25,8 +25,8 @@ from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
 from otj_runtime.pod.names import SERVED_MODEL
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import WeightSyncFailed
-from otj_runtime.weights.install import Phases, install
-from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.install import Installer, Phases
+from otj_runtime.weights.layout import Layout, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
 from otj_runtime.weights.probe import TrainerScores, compare, prompt_sequences, trainer_scores
 from otj_runtime.weights.sync import RETURN_SECONDS
@@ -55,6 +55,8 @@ class Feed:
         """Of the last push, by the built-in trainer's names."""
         self._path = Path(config.mailbox) / f"{SERVED_MODEL}.mailbox"
         self._control = GeneratorControl(config.generator_url)
+        self._installer = Installer(self._control, self._path)
+        self._ticket: Ticket | None = None
         self._writer: MailboxWriter | None = None
         self._version: int | None = None
         self._syncs = 0
@@ -74,12 +76,13 @@ class Feed:
             if self._writer is None:
                 self._writer = MailboxWriter.create(self._path, Layout.of(shapes, getattr(torch, self.dtype)))
             ticket = self._writer.begin(version)
-            written = sum(self._writer.write(ticket, name, tensor) for name, tensor in tensors)
+            written = self._writer.write(ticket, tensors)
         with phases("publish"):
             self._writer.publish(ticket)
-        self._version = version
+        self._version, self._ticket = version, ticket
         try:
-            install(self._control, self._path, version, phases)
+            self._installer.begin(ticket, phases)
+            self._installer.end(ticket, self._writer.receipts, phases)
         except WeightSyncFailed as error:
             logger.warning("sync of policy version %d failed and is made again: %s", version, error)
             self._install_again()
@@ -145,7 +148,12 @@ class Feed:
         except GeneratorNotReady as error:
             raise GeneratorLost(str(error)) from error
         if not self._current():
-            install(self._control, self._path, self._version, Phases())
+            assert self._ticket is not None
+            assert self._writer is not None
+            self._writer.receipts.clear()
+            self._installer.forget()
+            self._installer.begin(self._ticket, Phases())
+            self._installer.end(self._ticket, self._writer.receipts, Phases())
 
 
 def floating(metadata: Iterable[tuple[str, str, list[int]]]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -155,7 +155,7 @@ def generator_environment(config: PodConfig) -> dict[str, str]:
 
 def server_environment(device: Device) -> dict[str, str]:
     """What vLLM's server needs. Development mode opens the weight routes; they listen on loopback only."""
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": "otj_mailbox"}
     if device is Device.CPU:
         # The default keeps a core idle; a generator and a trainer that take turns on few cores need all of them.
         environment |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -4,6 +4,7 @@
       -> weights.push(step)        the generator takes the current weights; requests in flight go on with them
       -> pipeline.fill(...)        asks for the generation of this step, and for `staleness` more
       -> pipeline.take(...)        waits for this step's: prompts -> completions -> rewards, in the background
+      -> weights.proven(step)      the probe, asked meanwhile, has shown that the generator has them
       -> build(groups)             the trainer's: what to train on, dealt out evenly, padded
       -> one micro-batch at a time, until the generation is used up
 
@@ -30,11 +31,18 @@ from otj_runtime.train.report import Reporter
 from otj_runtime.train.signals import StopOnSignal, StopRequested
 
 
-class SyncReport(Protocol):
+class Measured(Protocol):
     """What a weight sync tells of itself."""
 
     @property
     def metrics(self) -> dict[str, float]: ...
+
+
+class Proof(Measured, Protocol):
+    """The proof that the generator serves a version; `again`: only since it was installed a second time."""
+
+    @property
+    def again(self) -> bool: ...
 
 
 class Weights(Protocol):
@@ -43,7 +51,9 @@ class Weights(Protocol):
     @property
     def version(self) -> int | None: ...
 
-    def push(self, version: int) -> SyncReport: ...
+    def push(self, version: int) -> Measured: ...
+
+    def proven(self, version: int) -> Proof: ...
 
 
 class Exclusive:
@@ -64,10 +74,14 @@ class Exclusive:
         """See `Weights`."""
         return self._weights.version
 
-    def push(self, version: int) -> SyncReport:
+    def push(self, version: int) -> Measured:
         """See `Weights`."""
         with self._lock:
             return self._weights.push(version)
+
+    def proven(self, version: int) -> Proof:
+        """See `Weights`."""
+        return self._weights.proven(version)
 
     def recover(self) -> None:
         """Return when the generator serves the version that was pushed last."""
@@ -110,7 +124,10 @@ class Sampler:
         self._build = build
         self._syncs = 0
         self._pending: deque[MicroBatch] = deque()
-        self._pipeline = Pipeline(rollouts, samples=samples, sampling=_sampling(config), ahead=config.staleness)
+        self._new_pipeline: Callable[[], Pipeline] = lambda: Pipeline(
+            rollouts, samples=samples, sampling=_sampling(config), ahead=config.staleness
+        )
+        self._pipeline = self._new_pipeline()
         self._idle = IdleShares(rollouts.busy_seconds)
 
     def push(self, version: int) -> None:
@@ -153,11 +170,13 @@ class Sampler:
         config = self._config
         per_step, per_generation = config.gradient_accumulation_steps, config.micro_batches_per_generation
         generation = step * per_step // per_generation
-        self._pipeline.fill(generation, last=(max_steps * per_step - 1) // per_generation, policy_version=step)
-        taken = self._stop.attempt(lambda: self._pipeline.take(generation))
-        # Building batches is collective, so the ranks agree before it.
-        if self._stop.agreed() or taken is None:
-            raise StopRequested(f"asked to stop before step {step + 1}")
+        last = (max_steps * per_step - 1) // per_generation
+        taken = self._take(generation, last, step)
+        if not self._proven(step):
+            # What is in the pipeline was sampled from unknown weights.
+            self._pipeline.cancel()
+            self._pipeline = self._new_pipeline()
+            taken = self._take(generation, last, step)
         measured = rollout_metrics(taken.groups) | overlap_metrics(taken, step)
         tokens = measured["tokens_generated"] * config.world_size
         self._meters.add(measured | self._idle.take(waited=time.monotonic() - began, tokens=tokens))
@@ -168,6 +187,23 @@ class Sampler:
         # A run that resumed in the middle of a generation has made some of its steps already.
         made = (step * per_step) % len(every)
         return deque(every[made:])
+
+    def _take(self, generation: int, last: int, step: int) -> Taken:
+        """Ask for generations up to `last`, as far as staleness allows, and wait for this one."""
+        self._pipeline.fill(generation, last=last, policy_version=step)
+        taken = self._stop.attempt(lambda: self._pipeline.take(generation))
+        # Building batches is collective, so the ranks agree before it.
+        if self._stop.agreed() or taken is None:
+            raise StopRequested(f"asked to stop before step {step + 1}")
+        return taken
+
+    def _proven(self, version: int) -> bool:
+        """Wait until the version is proven; whether it was right from the moment that it was pushed. Collective."""
+        if self._weights is None:
+            return True
+        proof = self._weights.proven(version)
+        self._meters.add(proof.metrics)
+        return not proof.again
 
 
 def _sampling(config: OnlineConfig) -> Sampling:

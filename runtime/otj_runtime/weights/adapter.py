@@ -30,7 +30,7 @@ from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Phases, only_one
 from otj_runtime.weights.probe import Agreement, TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
-from otj_runtime.weights.sync import RETURN_SECONDS, SYNC_SECONDS, SyncReport
+from otj_runtime.weights.sync import RETURN_SECONDS, SYNC_SECONDS, Proof, SyncReport
 from otj_runtime.weights.tensors import reshard
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class AdapterSync:
         self._ranks: Ranks | None = None
         self._pushes = 0
         self._pushed: tuple[int, Path, TrainerScores] | None = None
+        self._proof: Proof | None = None
 
     @property
     def version(self) -> int | None:
@@ -88,6 +89,12 @@ class AdapterSync:
         except (WeightSyncFailed, WeightsDiverged) as error:
             logger.warning("sync of policy version %d failed and is made again: %s", version, error)
             return self._attempt(version, began, attempt=2)
+
+    def proven(self, version: int) -> Proof:
+        """What the probe found when `version`, the one pushed last, was pushed."""
+        if self._proof is None or version != self.version:
+            raise WeightSyncFailed(f"proof: version {version} is not the one that was pushed last", phase="proof")
+        return self._proof
 
     def reinstall(self) -> None:
         """Give a generator that was restarted the adapter that was pushed last. Not collective: any rank may ask, at any time.
@@ -119,7 +126,7 @@ class AdapterSync:
         self._pushes += 1
         folder = self._directory / f"adapter-{self._pushes}"
 
-        def finish() -> tuple[SyncReport, TrainerScores]:
+        def finish() -> tuple[SyncReport, Proof, TrainerScores]:
             with phases("write"):
                 self._write(folder, tensors)
             with phases("wait"):
@@ -130,9 +137,10 @@ class AdapterSync:
                 agreement = self._compare(version, own)
             sent = sum(tensor.nbytes for tensor in tensors.values())
             total = time.monotonic() - began
-            return SyncReport(version=version, total_s=total, phases=phases.seconds, bytes=sent, agreement=agreement, attempts=attempt), own
+            report = SyncReport(version=version, total_s=total, phases=phases.seconds, bytes=sent, attempts=attempt)
+            return report, Proof(agreement=agreement, again=False), own
 
-        report, proven = ranks.lead(finish, phase="install")
+        report, self._proof, proven = ranks.lead(finish, phase="install")
         self._pushed = version, folder, proven
         return report
 
@@ -165,7 +173,7 @@ class AdapterSync:
 
     def _install(self, version: int, folder: Path, phases: Phases) -> None:
         with phases("pause"):
-            self._control.pause(mode="wait")
+            self._control.drain()
         try:
             with phases("update"):
                 self._control.load_adapter(str(folder))

@@ -10,27 +10,31 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from http.client import HTTPConnection, HTTPException
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from otj_runtime.pod.errors import GeneratorNotReady
 from otj_runtime.pod.names import SERVED_MODEL
 from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.layout import Ticket
 
 DEADLINES = {
     "init": 60.0,
-    "pause": 120.0,
     "drain": 1800.0,
     "start": 60.0,
     "update": 600.0,
+    "install": 600.0,
     "finish": 300.0,
     "reset_prefix_cache": 60.0,
     "resume": 60.0,
     "score": 300.0,
     "read": 30.0,
 }
-"""Seconds that each phase may take. `pause` waits for the engine step under way, `drain` for the requests; `update` for the copy of all weights."""
+"""Seconds that each phase may take. `drain` waits for the requests under way; `update` until all weights are staged; `install` for the engine
+step under way, and, where weights have to be packed or quantised again, for that."""
 
 POLL_SECONDS = 0.25
 
@@ -82,7 +86,7 @@ class GeneratorControl:
         return str(self._call("read", "GET", "/version")["version"])
 
     def weight_version(self) -> str | None:
-        """Version of the weights it serves, as the last `finish` named it; `default` before that, None while it does not answer."""
+        """Version of the weights it serves, as the last installation named it; `default` before that, None while it does not answer."""
         try:
             return str(self._call("read", "GET", "/weight_info")["weight_version"])
         except WeightSyncFailed:
@@ -90,25 +94,30 @@ class GeneratorControl:
 
     # -- the phases of an update -----------------------------------------------------------------------------------------------
 
-    def init_transfer(self, path: str) -> None:
-        """Tell the workers where the mailbox is. May be repeated."""
-        self._call("init", "POST", "/init_weight_transfer_engine", {"init_info": {"path": path}})
+    def init_transfer(self, path: str, staging_bytes: int | None) -> None:
+        """Tell the workers where the mailbox is, and how much GPU memory staging may take."""
+        self._call("init", "POST", "/init_weight_transfer_engine", {"init_info": {"path": path, "staging_bytes": staging_bytes}})
 
-    def pause(self, *, mode: Literal["keep", "wait"] = "keep") -> None:
-        """Freeze generation after the current engine step, or wait until no request is under way; new ones go on after `resume`."""
-        self._call("pause" if mode == "keep" else "drain", "POST", f"/pause?mode={mode}")
+    def workers(self) -> int:
+        """How many workers install weights."""
+        return int(self._call("read", "GET", "/get_world_size")["world_size"])
+
+    def drain(self) -> None:
+        """Wait until no request is under way; new ones go on after `resume`."""
+        self._call("drain", "POST", "/pause?mode=wait")
 
     def start(self) -> None:
         """Open an update."""
         self._call("start", "POST", "/start_weight_update")
 
-    def update(self, version: int) -> None:
-        """Install `version` from the mailbox in every worker."""
-        self._call("update", "POST", "/update_weights", {"update_info": {"version": version}})
+    def update(self, ticket: Ticket) -> None:
+        """Let every worker stage what is written under the ticket. Returns at once: the receipts tell when it is done."""
+        self._call("update", "POST", "/update_weights", {"update_info": asdict(ticket)})
 
-    def finish(self, version: int) -> None:
-        """Close the update and label the weights."""
-        self._call("finish", "POST", "/finish_weight_update", {"weight_version": str(version)})
+    def give_up(self) -> None:
+        """Close an update that is open: vLLM closes it when it fails, and no version is negative."""
+        with suppress(WeightSyncFailed):
+            self._call("update", "POST", "/update_weights", {"update_info": {"version": -1}})
 
     def load_adapter(self, path: str) -> None:
         """Serve the LoRA adapter in folder `path` as the policy, in place of the one before. Nothing may be under way.
@@ -125,7 +134,7 @@ class GeneratorControl:
         self._call("finish", "POST", "/update_weight_version", {"new_version": str(version)})
 
     def reset_prefix_cache(self) -> None:
-        """Forget what older weights computed. Frozen requests compute their prefix again, so no token mixes two versions' caches.
+        """Forget what older weights computed.
 
         Raises:
             WeightSyncFailed: also when vLLM answers that it could not.
@@ -139,6 +148,10 @@ class GeneratorControl:
     def resume(self) -> None:
         """Go on generating."""
         self._call("resume", "POST", "/resume")
+
+    def install(self, version: int) -> float:
+        """Install what is staged, between two engine steps; return the seconds for which generation was paused."""
+        return float(self._call("install", "POST", "/otj/install", {"version": str(version)})["paused_s"])
 
     # -- the probe -------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,8 @@
-"""Installs a version that lies in the mailbox into the generator.
+"""Installs a version into the generator, from the mailbox.
+
+    start, update(ticket)     the workers begin to stage, while the generator decodes; the trainer may still be writing
+    receipts                  every worker has all of it, and its checksums fit
+    install                   one call: between two engine steps
 
 Any rank can do it, and after a restart of the generator any rank may be the first to notice: a lock file beside the mailbox
 makes the others wait, look again, and find it done.
@@ -8,13 +12,16 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from otj_runtime.pod.errors import GeneratorLost
-from otj_runtime.weights.control import POLL_SECONDS, GeneratorControl
+from otj_runtime.weights.control import DEADLINES, POLL_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.layout import Ticket
+from otj_runtime.weights.receipts import Receipts
 
 
 class Phases:
@@ -26,42 +33,73 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the duration of the block to phase `name`."""
-        began = time.monotonic()
+        began = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def install(control: GeneratorControl, mailbox: Path, version: int, phases: Phases) -> None:
-    """Bring `version`, the latest in the mailbox, into the generator: init, pause, start, update, finish, reset_prefix_cache, resume.
+@dataclass
+class Installer:
+    """One trainer's way to install. `staging_bytes`: what staging may take of the generator's GPU memory, None for no limit."""
 
-    Between pause and resume nothing is generated. If a phase fails, resume is still asked for: a generator that is refused new
-    weights keeps serving the old ones.
+    control: GeneratorControl
+    mailbox: Path
+    staging_bytes: int | None = None
+    _workers: int = 0
+    _open: bool = False
 
-    Raises:
-        WeightSyncFailed: naming the phase.
-    """
-    steps: list[tuple[str, Callable[[], None]]] = [
-        ("start", control.start),
-        ("update", lambda: control.update(version)),
-        ("finish", lambda: control.finish(version)),
-        ("reset_prefix_cache", control.reset_prefix_cache),
-    ]
-    with phases("init"):
-        control.init_transfer(str(mailbox))
-    try:
-        with phases("pause"):
-            control.pause()
-        for name, step in steps:
-            with phases(name):
-                step()
-    except WeightSyncFailed:
-        with suppress(WeightSyncFailed):
-            control.resume()
-        raise
-    with phases("resume"):
-        control.resume()
+    def forget(self) -> None:
+        """The generator may have been restarted: introduce the mailbox to it again next time."""
+        self._workers, self._open = 0, False
+
+    def begin(self, ticket: Ticket, phases: Phases) -> None:
+        """Let the workers stage what is written under `ticket`.
+
+        Raises:
+            WeightSyncFailed: naming the phase.
+        """
+        if not self._workers:
+            with phases("init"):
+                self.control.init_transfer(str(self.mailbox), self.staging_bytes)
+                self._workers = self.control.workers()
+        with phases("update"):
+            if self._open:
+                self._open = False
+                with suppress(WeightSyncFailed):  # another rank may have closed it, by installing again
+                    self.control.update(ticket)
+                    return
+        with phases("start"):
+            self.open()
+        self._open = False
+        with phases("update"):
+            self.control.update(ticket)
+
+    def open(self) -> None:
+        """Open the next update, which may be done long before it; if one is open still, of a trainer that is gone or a sync that failed,
+        give that up first.
+
+        Raises:
+            WeightSyncFailed: if it cannot be opened.
+        """
+        try:
+            self.control.start()
+        except WeightSyncFailed:
+            self.control.give_up()
+            self.control.start()
+        self._open = True
+
+    def end(self, ticket: Ticket, receipts: Receipts, phases: Phases) -> None:
+        """Wait until every worker has staged it, then install it.
+
+        Raises:
+            WeightSyncFailed: naming the phase. The generator keeps its weights, unless a limited staging met a checksum that does not fit.
+        """
+        with phases("stage"):
+            receipts.wait(sequence=ticket.sequence, workers=self._workers, deadline_s=DEADLINES["update"], alive=self.control.healthy)
+        with phases("install"):
+            phases.seconds["paused"] = self.control.install(ticket.version)
 
 
 @contextmanager

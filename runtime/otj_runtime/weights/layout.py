@@ -3,11 +3,13 @@
     0                header       magic, format, where everything lies, digest
     1024, 2048       records      one per slot: version, sequence, digest of the slot's sums, digest
     4096             manifest     JSON: name, dtype, shape, offset of each tensor
-    after it         sums         per slot and tensor: sequence of the write, digest of the bytes
+    after it         receipts     one per worker of the generator: how far it is, see `receipts`
+    after it         sums         per slot and tensor: sequence of the write, checksum of the bytes
     page aligned     slot 0       the tensors, each aligned to 256 bytes
     page aligned     slot 1
 
-Numbers are little endian. Digests are XXH3-64: 25 ms for 538 MB on one core, where CRC-32 takes 180 to 490 ms.
+Numbers are little endian. Digests, and the tensors' checksums on a CPU, are XXH3-64: 25 ms for 538 MB on one core, where CRC-32
+takes 180 to 490 ms. On a GPU the checksums are those of `checksums`, because the bytes never pass a processor.
 A record counts only if its own digest fits, so a torn record is no record.
 """
 
@@ -26,13 +28,16 @@ import xxhash
 from otj_runtime.weights.errors import MailboxError
 
 MAGIC = int.from_bytes(b"OTJMBOX\0", "little")
-FORMAT = 1
+FORMAT = 2
 PAGE = 4096
 ALIGNMENT = 256
 SLOTS = 2
 SUM_BYTES = 16
+WORKERS = 64
+"""Most workers of one generator."""
+RECEIPT_BYTES = 512
 
-_HEADER = struct.Struct("<QQQQQQQ")  # magic, format, manifest bytes, manifest digest, sums offset, slots offset, slot bytes
+_HEADER = struct.Struct("<QQQQQQQQ")  # magic, format, manifest bytes, its digest, sums offset, slots offset, slot bytes, on a GPU
 _RECORD = struct.Struct("<qQQ")  # version, sequence, digest of the sums
 _DIGEST = struct.Struct("<Q")
 
@@ -70,12 +75,17 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a mailbox and where everything lies in its file."""
+    """The tensors of a mailbox and where everything lies in its file.
+
+    Attributes:
+        on_gpu: whether the tensors' checksums are computed on GPUs.
+    """
 
     tensors: tuple[TensorEntry, ...]
+    on_gpu: bool = False
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> Layout:
+    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, *, on_gpu: bool = False) -> Layout:
         """A layout that holds tensors of these names and shapes in `dtype`."""
         entries = []
         offset = 0
@@ -83,7 +93,7 @@ class Layout:
             entry = TensorEntry(name=name, dtype=str(dtype).removeprefix("torch."), shape=tuple(shape), offset=offset)
             entries.append(entry)
             offset = _aligned(offset + entry.nbytes, ALIGNMENT)
-        return cls(tuple(entries))
+        return cls(tuple(entries), on_gpu)
 
     @cached_property
     def manifest(self) -> bytes:
@@ -101,9 +111,14 @@ class Layout:
         return max(_aligned(max((entry.offset + entry.nbytes for entry in self.tensors), default=0), PAGE), PAGE)
 
     @property
+    def receipts_offset(self) -> int:
+        """Where the receipt of the first worker lies."""
+        return _aligned(PAGE + len(self.manifest), PAGE)
+
+    @property
     def sums_offset(self) -> int:
         """Where the sums of slot 0 begin."""
-        return _aligned(PAGE + len(self.manifest), ALIGNMENT)
+        return self.receipts_offset + WORKERS * RECEIPT_BYTES
 
     @property
     def sums_bytes(self) -> int:
@@ -123,7 +138,8 @@ class Layout:
     def head(self) -> bytes:
         """Header and manifest, as they stand at the start of the file; the records between them are empty."""
         manifest = self.manifest
-        fields = (MAGIC, FORMAT, len(manifest), digest(manifest), self.sums_offset, self.slots_offset, self.slot_bytes)
+        places = (self.sums_offset, self.slots_offset, self.slot_bytes)
+        fields = (MAGIC, FORMAT, len(manifest), digest(manifest), *places, int(self.on_gpu))
         return _sealed(_HEADER.pack(*fields)).ljust(PAGE, b"\0") + manifest
 
     @classmethod
@@ -136,13 +152,14 @@ class Layout:
         fields = _unsealed(data, _HEADER)
         if fields is None or fields[0] != MAGIC:
             raise MailboxError(f"{path} is no mailbox: its header is damaged or missing")
-        _, version, size, expected, sums_offset, slots_offset, slot_bytes = fields
+        _, version, size, expected, sums_offset, slots_offset, slot_bytes, on_gpu = fields
         if version != FORMAT:
             raise MailboxError(f"{path} is a mailbox of format {version}, this runtime reads format {FORMAT}: use one image for both sides")
         manifest = data[PAGE : PAGE + size]
         if digest(manifest) != expected:
             raise MailboxError(f"{path}: the manifest does not fit its checksum")
-        layout = cls(tuple(TensorEntry(**(entry | {"shape": tuple(entry["shape"])})) for entry in json.loads(bytes(manifest))))
+        entries = (TensorEntry(**(entry | {"shape": tuple(entry["shape"])})) for entry in json.loads(bytes(manifest)))
+        layout = cls(tuple(entries), bool(on_gpu))
         stated, derived = (sums_offset, slots_offset, slot_bytes), (layout.sums_offset, layout.slots_offset, layout.slot_bytes)
         if stated != derived or len(data) < layout.file_bytes:
             raise MailboxError(f"{path}: {len(data)} bytes laid out as {stated} do not hold what the manifest lists ({derived})")
@@ -173,6 +190,15 @@ class Record:
         """The record of `slot`, or None if there is no whole one."""
         fields = _unsealed(data[cls.offset(slot) :], _RECORD)
         return None if fields is None else cls(*fields)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Permission to write one version into one slot; rank 0 draws it and the other ranks write under the same one."""
+
+    version: int
+    slot: int
+    sequence: int
 
 
 def newest(data: memoryview) -> tuple[int, Record] | None:

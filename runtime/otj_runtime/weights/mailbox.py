@@ -1,14 +1,17 @@
 """The weights mailbox: one file in memory that trainer and generator share, with two slots.
 
     writer (every rank)  begin(version) -> ticket    rank 0: empties the slot that does not hold the latest version
-                         write(ticket, name, tensor) any rank, any order: casts, copies, notes a digest per tensor
+                         write(ticket, tensors)      any rank, any order: casts, copies, notes arrival and checksum per tensor
                          publish(ticket)             rank 0, when all have written: one small record makes the version visible
-    reader               reading(version)            checks every digest first, then hands out the tensors
+    reader               arrived, check_tensor, ...  takes tensors of a version that is still being written, see `staging`
+                         reading(version)            checks every digest first, then hands out the tensors
 
 What it promises: a version is visible only when whole, because the record is written last and names the digest of all digests;
 a crash at any byte leaves the previous version readable, because a slot is only ever emptied while the other holds the latest one;
 a reader never gets a torn tensor, because it checks each before it hands out the first, and says so if a writer reused the slot
 meanwhile. The barrier between the ranks' writes and `publish` is the caller's.
+
+On a GPU the memory is pinned on both sides, so that the copy engines move the bytes; see `device_write`.
 
 What it trades: memory for safety, two copies of the weights. Nothing is flushed to a disk: the file lives as long as the pod.
 """
@@ -19,26 +22,20 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from otj_runtime.weights.device_write import DeviceWrite
 from otj_runtime.weights.errors import MailboxError
-from otj_runtime.weights.layout import SLOTS, SUM_BYTES, Layout, Record, TensorEntry, digest, newest
+from otj_runtime.weights.layout import SLOTS, SUM_BYTES, Layout, Record, TensorEntry, Ticket, digest, newest
+from otj_runtime.weights.pinned import pin, unpin
+from otj_runtime.weights.receipts import POLL_SECONDS, Receipts
 
 _SUM = struct.Struct("<QQ")  # sequence, digest
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """Permission to write one version into one slot; rank 0 draws it and the other ranks write under the same one."""
-
-    version: int
-    slot: int
-    sequence: int
 
 
 class MailboxWriter:
@@ -58,7 +55,13 @@ class MailboxWriter:
         if Layout.read(self._data, str(path)) != layout:
             raise MailboxError(f"{path} was made for other tensors than this rank's model has: all ranks must load the same model")
         self.layout = layout
+        self.receipts = Receipts(self._data, layout)
         self._index = {entry.name: position for position, entry in enumerate(layout.tensors)}
+        self._sequence = 0
+        self._device_write: DeviceWrite | None = None
+        if layout.on_gpu:
+            pin(self._memory, str(path))
+            self._device_write = DeviceWrite(self, torch.device("cuda", torch.cuda.current_device()))
 
     @classmethod
     def create(cls, path: Path, layout: Layout) -> MailboxWriter:
@@ -92,29 +95,52 @@ class MailboxWriter:
         """
         latest = newest(self._data)
         slot, sequence = (0, 1) if latest is None else (1 - latest[0], latest[1].sequence + 1)
+        # Never one twice: a reader may still wait for what was given up.
+        self._sequence = sequence = max(sequence, self._sequence + 1)
         self._put(Record.offset(slot), bytes(Record.SIZE))
         self._put(self._sums_offset(slot), bytes(self.layout.sums_bytes))
+        self.receipts.clear()
         return Ticket(version=version, slot=slot, sequence=sequence)
 
-    def write(self, ticket: Ticket, name: str, tensor: torch.Tensor) -> int:
-        """Copy one tensor into the ticket's slot, cast to the mailbox's dtype, and return the number of bytes.
+    def write(self, ticket: Ticket, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Copy tensors into the ticket's slot, cast to the mailbox's dtype, and return the number of bytes.
 
         Args:
-            tensor: any floating dtype, device and stride; the shape that the layout lists.
+            tensors: by name; any floating dtype, device and stride; the shapes that the layout lists.
 
         Raises:
             MailboxError: if the layout has no such tensor or another shape.
         """
+        named = ((self._place(name, tensor), tensor) for name, tensor in tensors)
+        if self._device_write is not None:
+            return self._device_write.write(ticket, named)
+        return sum(self._write_one(ticket, position, tensor) for position, tensor in named)
+
+    def host_view(self, ticket: Ticket, position: int) -> torch.Tensor:
+        """The place of a tensor in the ticket's slot."""
+        return _view(self._memory, self.layout, ticket.slot, self.layout.tensors[position])
+
+    def note(self, ticket: Ticket, position: int, checksum: int | None = None) -> None:
+        """Say that a tensor has arrived, with its checksum if that is known already."""
+        offset = self._sums_offset(ticket.slot) + position * SUM_BYTES
+        if checksum is not None:
+            self._put(offset + 8, checksum.to_bytes(8, "little"))
+        self._put(offset, ticket.sequence.to_bytes(8, "little"))
+
+    def _write_one(self, ticket: Ticket, position: int, tensor: torch.Tensor) -> int:
+        self.host_view(ticket, position).copy_(tensor.detach())
+        entry = self.layout.tensors[position]
+        self.note(ticket, position, digest(_bytes(self._data, self.layout, ticket.slot, entry)))
+        return entry.nbytes
+
+    def _place(self, name: str, tensor: torch.Tensor) -> int:
         position = self._index.get(name)
         if position is None:
             raise MailboxError(f"the mailbox has no place for tensor {name}")
         entry = self.layout.tensors[position]
         if tuple(tensor.shape) != entry.shape:
             raise MailboxError(f"tensor {name} has shape {tuple(tensor.shape)}, the mailbox was made for {entry.shape}")
-        _view(self._memory, self.layout, ticket.slot, entry).copy_(tensor.detach())
-        checksum = digest(_bytes(self._data, self.layout, ticket.slot, entry))
-        self._put(self._sums_offset(ticket.slot) + position * SUM_BYTES, _SUM.pack(ticket.sequence, checksum))
-        return entry.nbytes
+        return position
 
     def publish(self, ticket: Ticket) -> None:
         """Make the ticket's version visible. Rank 0 only, when every rank has written its share.
@@ -142,7 +168,7 @@ class MailboxWriter:
 
 
 class MailboxReader:
-    """The generator's side. The mapping is private: a weight loader that works in place cannot change what others read.
+    """The generator's side. On a CPU the mapping is private: a weight loader that works in place cannot change what others read.
 
     Raises:
         MailboxError: if the file is missing or damaged.
@@ -150,14 +176,96 @@ class MailboxReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._memory = _mapped(path, mmap.ACCESS_COPY)
+        self._shared = _mapped(path, mmap.ACCESS_WRITE)
+        self.layout = Layout.read(memoryview(self._shared), str(path))
+        self.receipts = Receipts(memoryview(self._shared), self.layout)
+        self._memory = self._shared if self.layout.on_gpu else _mapped(path, mmap.ACCESS_COPY)
         self._data = memoryview(self._memory)
-        self.layout = Layout.read(self._data, str(path))
+        if self.layout.on_gpu:
+            pin(self._memory, str(path))
+
+    def close(self) -> None:
+        """Unpin the memory. Nothing may be copying from it."""
+        unpin(self._memory)
 
     def version(self) -> int | None:
         """The latest version that was published, or None."""
         latest = newest(self._data)
         return None if latest is None else latest[1].version
+
+    # -- while it is being written ---------------------------------------------------------------------------------------------
+
+    def latest(self, version: int) -> Ticket:
+        """The ticket under which the latest version was published.
+
+        Raises:
+            MailboxError: if that is not `version`.
+        """
+        slot, record = self._expect(version)
+        return Ticket(version=version, slot=slot, sequence=record.sequence)
+
+    def arrived(self, ticket: Ticket, start: int) -> int:
+        """End of the run of tensors, from `start`, that have been written under the ticket."""
+        end = start
+        while end < len(self.layout.tensors) and self._sum(ticket.slot, end)[0] == ticket.sequence:
+            end += 1
+        return end
+
+    def check_tensor(self, ticket: Ticket, position: int) -> None:
+        """Check a tensor that has arrived.
+
+        Raises:
+            MailboxError: if it does not fit its checksum.
+        """
+        entry = self.layout.tensors[position]
+        if digest(_bytes(self._data, self.layout, ticket.slot, entry)) != self._sum(ticket.slot, position)[1]:
+            raise self._unfit(entry, ticket.version)
+
+    def compare(self, ticket: Ticket, checksums: list[int]) -> None:
+        """Compare checksums that were computed elsewhere, one for each tensor, with the trainer's.
+
+        Raises:
+            MailboxError: if one does not fit.
+        """
+        for position, (entry, checksum) in enumerate(zip(self.layout.tensors, checksums, strict=True)):
+            if self._sum(ticket.slot, position)[1] != checksum:
+                raise self._unfit(entry, ticket.version)
+
+    def await_published(self, ticket: Ticket, *, stopped: Callable[[], bool], deadline_s: float) -> None:
+        """Return when the ticket's version is published and its table of checksums is whole.
+
+        Raises:
+            MailboxError: if it is not in time, or the table does not fit.
+        """
+        end = time.monotonic() + deadline_s
+        while (record := Record.read(self._data, ticket.slot)) is None or record.sequence != ticket.sequence:
+            if stopped() or time.monotonic() > end:
+                raise MailboxError(f"{self._path}: version {ticket.version} was not published in {deadline_s:.0f} s")
+            time.sleep(POLL_SECONDS)
+        self._check_sums(ticket.slot, record)
+
+    def slot_bytes(self, slot: int) -> torch.Tensor:
+        """A slot as bytes, in the file's memory."""
+        offset = self.layout.slots_offset + slot * self.layout.slot_bytes
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=self.layout.slot_bytes, offset=offset)
+
+    def tensors(self, slot: int) -> list[torch.Tensor]:
+        """The tensors of a slot, in the file's memory."""
+        return [_view(self._memory, self.layout, slot, entry) for entry in self.layout.tensors]
+
+    @contextmanager
+    def guarding(self, ticket: Ticket) -> Iterator[None]:
+        """Say so if a writer took the ticket's slot back during the block.
+
+        Raises:
+            MailboxError: after the block.
+        """
+        yield
+        record = Record.read(self._data, ticket.slot)
+        if record is None or record.sequence != ticket.sequence:
+            raise MailboxError(f"{self._path}: version {ticket.version} was overwritten while it was read")
+
+    # -- when it is there ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def reading(self, version: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -168,10 +276,12 @@ class MailboxReader:
                 took the slot back while it was read.
         """
         slot, record = self._expect(version)
-        self._check(slot, record)
-        yield [(entry.name, _view(self._memory, self.layout, slot, entry)) for entry in self.layout.tensors]
-        if Record.read(self._data, slot) != record:
-            raise MailboxError(f"{self._path}: version {version} was overwritten while it was read")
+        ticket = Ticket(version=version, slot=slot, sequence=record.sequence)
+        self._check_sums(slot, record)
+        for position in range(len(self.layout.tensors)):
+            self.check_tensor(ticket, position)
+        with self.guarding(ticket):
+            yield [(entry.name, tensor) for entry, tensor in zip(self.layout.tensors, self.tensors(slot), strict=True)]
 
     def _expect(self, version: int) -> tuple[int, Record]:
         latest = newest(self._data)
@@ -181,14 +291,20 @@ class MailboxReader:
             raise MailboxError(f"{self._path} holds version {latest[1].version}, {version} was asked for")
         return latest
 
-    def _check(self, slot: int, record: Record) -> None:
-        offset = self.layout.sums_offset + slot * self.layout.sums_bytes
-        sums = bytes(self._data[offset : offset + self.layout.sums_bytes])
-        if digest(sums) != record.sums_digest:
+    def _sum(self, slot: int, position: int) -> tuple[int, int]:
+        found: tuple[int, int] = _SUM.unpack_from(self._data, self._sums_offset(slot) + position * SUM_BYTES)
+        return found
+
+    def _sums_offset(self, slot: int) -> int:
+        return self.layout.sums_offset + slot * self.layout.sums_bytes
+
+    def _check_sums(self, slot: int, record: Record) -> None:
+        offset = self._sums_offset(slot)
+        if digest(self._data[offset : offset + self.layout.sums_bytes]) != record.sums_digest:
             raise MailboxError(f"{self._path}: the checksums of version {record.version} do not fit its record")
-        for entry, (_, checksum) in zip(self.layout.tensors, _SUM.iter_unpack(sums), strict=True):
-            if digest(_bytes(self._data, self.layout, slot, entry)) != checksum:
-                raise MailboxError(f"{self._path}: tensor {entry.name} of version {record.version} does not fit its checksum")
+
+    def _unfit(self, entry: TensorEntry, version: int) -> MailboxError:
+        return MailboxError(f"{self._path}: tensor {entry.name} of version {version} does not fit its checksum")
 
 
 def _mapped(path: Path, access: int) -> mmap.mmap:

@@ -1,27 +1,34 @@
-"""WeightSync: brings the policy of the training ranks into the generator and proves that it arrived.
+"""WeightSync: brings the policy of the training ranks into the generator, and proves that it arrived.
 
 One push, on every rank at once:
 
-    write                 each rank its share of the mailbox, cast to the generator's dtype
-    barrier
-    publish               rank 0; from here on rank 0 alone:
-    init, pause           the generator freezes its requests
-    start, update, finish(version), reset_prefix_cache
-    resume
-    probe                 scored by both sides and compared
-    broadcast             every rank gets the report, or raises the error that rank 0 met
+    rank 0                                      every rank                              the generator's workers
+    begin: empties a slot of the mailbox
+    update: the workers may stage               write: its share, cast to the           stage what arrives, beside decoding
+                                                generator's dtype
+                                                barrier
+    publish                                                                             check all checksums, give a receipt
+    install                                                                             between two engine steps
+    broadcast: every rank gets the report, or raises the error that rank 0 met
+
+and the proof, off that path:
+
+    probe: threads of rank 0 ask the generator, beside decoding, and the trainer's own model, while its weights stay as they are
+    proven(version)                             every rank waits for it, before it trains on anything that this version sampled
 
 A push that fails is made once more from scratch, after the generator answers again: it may have died and started anew in the
-meantime. The second failure is final. Between pushes, `recover` brings the same version back into a generator that was
-restarted; the mailbox still holds it, so the trainer, which may have moved on, writes nothing.
+meantime. A proof that fails is made once more after the same version was staged and installed again. The second failure is final.
+Between pushes, `reinstall` brings the same version back into a generator that was restarted; the mailbox still holds it, so the trainer,
+which may have moved on, writes nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +40,9 @@ from otj_runtime.pod.names import SERVED_MODEL
 from otj_runtime.weights.composed import PolicyTensor, whole
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import MailboxError, WeightsDiverged, WeightSyncFailed
-from otj_runtime.weights.install import Phases, install, only_one
-from otj_runtime.weights.layout import Layout
-from otj_runtime.weights.mailbox import MailboxWriter, Ticket
+from otj_runtime.weights.install import Installer, Phases, only_one
+from otj_runtime.weights.layout import Layout, Ticket
+from otj_runtime.weights.mailbox import MailboxWriter
 from otj_runtime.weights.probe import Agreement, TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares
@@ -51,14 +58,13 @@ SYNC_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One finished sync.
+    """One finished push.
 
     Attributes:
         version: policy version that the generator now serves.
         total_s: wall-clock seconds of all attempts.
-        phases: seconds by phase, of rank 0, of the attempt that succeeded.
+        phases: seconds by phase, of rank 0, of the attempt that succeeded; `paused` is what generation stood still for.
         bytes: bytes written by all ranks.
-        agreement: what the probe found.
         attempts: 1, or 2 if the first failed.
     """
 
@@ -66,20 +72,43 @@ class SyncReport:
     total_s: float
     phases: dict[str, float]
     bytes: int
-    agreement: Agreement
     attempts: int
 
     @property
     def metrics(self) -> dict[str, float]:
         """The report as metrics by name; the total without the wait for a generator that was still starting."""
+        total = self.total_s - self.phases.get("wait", 0.0)
         return {
-            "sync/total_s": self.total_s - self.phases.get("wait", 0.0),
+            "sync/total_s": total,
             "sync/bytes": float(self.bytes),
+            "sync/gb_per_s": self.bytes / 1e9 / max(total, 1e-9),
             "sync/attempts": float(self.attempts),
+            **{f"sync/{name}_s": seconds for name, seconds in self.phases.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the probe of a version found.
+
+    Attributes:
+        agreement: how close both sides are.
+        again: whether the version had to be installed a second time: what was sampled from it before is of unknown weights.
+        waited_s: seconds that `proven` took.
+    """
+
+    agreement: Agreement
+    again: bool
+    waited_s: float = 0.0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The proof as metrics by name."""
+        return {
             "sync/max_abs_logprob_diff": self.agreement.max_abs,
             "sync/mean_logprob_diff": self.agreement.mean,
             "sync/logprob_diff_bound": self.agreement.bound,
-            **{f"sync/{name}_s": seconds for name, seconds in self.phases.items()},
+            "sync/proof_wait_s": self.waited_s,
         }
 
 
@@ -87,8 +116,7 @@ class SyncReport:
 class _Pushed:
     """What this run brought into the generator last: enough to do it again, and to prove it, without the trainer's weights."""
 
-    version: int
-    scores: TrainerScores
+    ticket: Ticket
 
 
 class WeightSync:
@@ -101,6 +129,7 @@ class WeightSync:
         dtype: what the generator computes in.
         ready_timeout_s: how long the generator may take to start, in seconds.
         prompts: token ids of prompts of the run, the same on every rank, for the probe; without any, it is made of random tokens.
+        staging_bytes: what staging may take of the generator's GPU memory; None for as much as the weights have.
     """
 
     def __init__(
@@ -112,21 +141,30 @@ class WeightSync:
         dtype: DType,
         ready_timeout_s: float = RETURN_SECONDS,
         prompts: Iterable[list[int]] = (),
+        staging_bytes: int | None = None,
     ) -> None:
         self._model = model
         self._path = directory / f"{SERVED_MODEL}.mailbox"
         self._control = control
+        self._installer = Installer(control, self._path, staging_bytes)
         self._dtype = DType(dtype)
         self._ready_timeout_s = ready_timeout_s
         self._sequences = prompt_sequences(prompts) or random_sequences(model.config.get_text_config().vocab_size)
         self._ranks: Ranks | None = None
         self._writer: MailboxWriter | None = None
         self._pushed: _Pushed | None = None
+        self._scored: Future[TrainerScores] | None = None  # rank 0 only, as the next
+        self._asked: Future[list[list[float]]] | None = None
+        self._proof: Proof | None = None
+        self._rounding: float | None = None
+        self._talking: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="otj-sync")
+        self._answered = False
 
     @property
     def version(self) -> int | None:
         """The version that was pushed last; None before the first."""
-        return None if self._pushed is None else self._pushed.version
+        return None if self._pushed is None else self._pushed.ticket.version
 
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`. Collective.
@@ -134,15 +172,33 @@ class WeightSync:
         Raises:
             GeneratorNotReady: if the generator does not answer in time.
             WeightSyncFailed, MailboxError: if a phase failed twice; the text names it.
-            WeightsDiverged: if the probe did not agree, twice.
         """
-        began = time.monotonic()
+        began = time.perf_counter()
         try:
-            report, self._pushed = self._attempt(version, began, attempt=1)
-        except (WeightSyncFailed, MailboxError, WeightsDiverged) as error:
+            return self._attempt(version, began, attempt=1)
+        except (WeightSyncFailed, MailboxError) as error:
             logger.warning("sync of policy version %d failed and is made again: %s", version, error)
-            report, self._pushed = self._attempt(version, began, attempt=2)
-        return report
+            self._installer.forget()
+            self._answered = False
+            return self._attempt(version, began, attempt=2)
+
+    def proven(self, version: int) -> Proof:
+        """Return when the probe has shown that the generator serves `version`, the one pushed last. Collective.
+
+        To be called before the model's weights change.
+
+        Raises:
+            WeightsDiverged: if the probe did not agree, and not after a second installation either.
+            WeightSyncFailed, MailboxError, GeneratorLost: if the generator could not be asked, or installed again.
+        """
+        pushed = self._pushed
+        if pushed is None or pushed.ticket.version != version:
+            raise WeightSyncFailed(f"proof: version {version} is not the one that was pushed last", phase="proof")
+        if self._proof is None:
+            began = time.perf_counter()
+            proof = self._connect().lead(lambda: self._prove(pushed), phase="proof")
+            self._proof = replace(proof, waited_s=time.perf_counter() - began)
+        return self._proof
 
     def reinstall(self) -> None:
         """Give a generator that was restarted the version that was pushed last. Not collective: any rank may ask, at any time.
@@ -157,56 +213,73 @@ class WeightSync:
         if pushed is None:
             raise WeightSyncFailed("reinstall: nothing was pushed yet", phase="reinstall")
         with only_one(self._path.with_suffix(".lock"), deadline_s=2 * RETURN_SECONDS):
-            try:
-                self._control.wait_healthy(deadline_s=RETURN_SECONDS)
-            except GeneratorNotReady as error:
-                raise GeneratorLost(str(error)) from error
-            if self._control.weight_version() != str(pushed.version):
-                install(self._control, self._path, pushed.version, Phases())
-                self._compare(pushed, self._control.score(self._sequences))
+            self._wait_returned()
+            if self._control.weight_version() != str(pushed.ticket.version):
+                self._install_again(pushed.ticket)
+                if self._scored is not None:
+                    self._compare(pushed, self._control.score(self._sequences))
 
-    def _attempt(self, version: int, began: float, *, attempt: int) -> tuple[SyncReport, _Pushed]:
+    # -- the push --------------------------------------------------------------------------------------------------------------
+
+    def _attempt(self, version: int, began: float, *, attempt: int) -> SyncReport:
         phases = Phases()
         ranks = self._connect()
         reshard(self._model)
         tensors = policy_tensors(self._model)
-        sharded = is_sharded(tensors)
+        with phases("begin"):
+            writer, ticket = self._begin(ranks, tensors, version, phases)
+        opening = self._later(self._installer.begin, ticket, phases) if ranks.rank == 0 else None
         with phases("write"):
-            writer, ticket = self._begin(ranks, tensors, version)
-            written = ranks.together(lambda: self._write(ranks, writer, ticket, tensors, sharded), phase="write")
-        # The forward of a sharded model is collective, so all ranks score it; else rank 0 does below, while the others wait.
-        scores = trainer_scores(self._model, self._sequences, self._dtype) if sharded else None
+            written, scores = self._write(ranks, writer, ticket, tensors)
         reshard(self._model)
 
-        def finish() -> tuple[SyncReport, _Pushed]:
-            with phases("wait"):
-                self._control.wait_healthy(deadline_s=self._ready_timeout_s)
+        def finish() -> SyncReport:
+            if opening is not None:
+                opening.result()
             with phases("publish"):
                 writer.publish(ticket)
-            install(self._control, self._path, version, phases)
-            with phases("probe"):
-                pushed = _Pushed(version=version, scores=scores or trainer_scores(self._model, self._sequences, self._dtype))
-                agreement = self._compare(pushed, self._control.score(self._sequences))
-            total = time.monotonic() - began
-            report = SyncReport(
-                version=version, total_s=total, phases=phases.seconds, bytes=sum(written), agreement=agreement, attempts=attempt
-            )
-            return report, pushed
+            self._installer.end(ticket, writer.receipts, phases)
+            total = time.perf_counter() - began
+            return SyncReport(version=version, total_s=total, phases=phases.seconds, bytes=sum(written), attempts=attempt)
 
-        return ranks.lead(finish, phase="install")
+        report = ranks.lead(finish, phase="install")
+        self._pushed, self._proof = _Pushed(ticket=ticket), None
+        if ranks.rank == 0:
+            self._scored = self._threads.submit(lambda: scores or self._score())
+            self._asked = self._threads.submit(self._control.score, self._sequences)
+            self._later(self._installer.open)
+        return report
+
+    def _later(self, action: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Let a thread talk to the generator: one at a time, in order."""
+        before = self._talking
+
+        def act() -> None:
+            if before is not None:
+                before.exception()
+            action(*arguments)
+
+        self._talking = self._threads.submit(act)
+        return self._talking
 
     def _connect(self) -> Ranks:
         if self._ranks is None:
             self._ranks = Ranks(timeout_s=self._ready_timeout_s + SYNC_SECONDS)
         return self._ranks
 
-    def _begin(self, ranks: Ranks, tensors: dict[str, PolicyTensor], version: int) -> tuple[MailboxWriter, Ticket]:
-        """The writer of this rank and the ticket of all. The file is made by rank 0, at the first push."""
-        layout = Layout.of(((name, tuple(tensor.shape)) for name, tensor in tensors.items()), getattr(torch, self._dtype))
+    def _begin(self, ranks: Ranks, tensors: dict[str, PolicyTensor], version: int, phases: Phases) -> tuple[MailboxWriter, Ticket]:
+        """The writer of this rank and the ticket of all. Rank 0 makes the file at first."""
+        shapes = ((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+        on_gpu = next(self._model.parameters()).device.type == "cuda"
+        layout = Layout.of(shapes, getattr(torch, self._dtype), on_gpu=on_gpu)
 
         def draw() -> Ticket:
             if self._writer is None:
                 self._writer = MailboxWriter.create(self._path, layout)
+            if not self._answered:
+                with phases("wait"):
+                    self._control.wait_healthy(deadline_s=self._ready_timeout_s)
+                self._answered = True
             return self._writer.begin(version)
 
         def follow() -> MailboxWriter:
@@ -215,20 +288,65 @@ class WeightSync:
             return self._writer
 
         ticket = ranks.lead(draw, phase="begin")
-        ranks.together(lambda: follow() and None, phase="begin")
+        if ranks.size > 1:
+            ranks.together(lambda: follow() and None, phase="begin")
         return follow(), ticket
 
-    def _write(self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor], sharded: bool) -> int:
-        """Write this rank's share; return its bytes."""
+    def _write(
+        self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]
+    ) -> tuple[list[int], TrainerScores | None]:
+        """Write this rank's share; score the probe as well if that takes all ranks, as the forward of a sharded model does."""
+        sharded = is_sharded(tensors)
+        share = self._share(ranks, writer, tensors, sharded)
+        written = ranks.together(lambda: writer.write(ticket, share), phase="write")
+        return written, self._score() if sharded else None
+
+    def _score(self) -> TrainerScores:
+        """The trainer's half of the probe. How much the generator's dtype changes it is measured at the first push only."""
+        scores = trainer_scores(self._model, self._sequences, self._dtype, rounding=self._rounding)
+        self._rounding = scores.rounding
+        return scores
+
+    def _share(
+        self, ranks: Ranks, writer: MailboxWriter, tensors: dict[str, PolicyTensor], sharded: bool
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """What this rank writes, in the model's order."""
         mine = set(shares(writer.layout.tensors, ranks=ranks.size)[ranks.rank])
-        written = 0
         for name, tensor in tensors.items():
             if name in mine:
-                written += writer.write(ticket, name, whole(tensor))
+                yield name, whole(tensor)
             elif sharded:
                 whole(tensor)  # takes part in another rank's gathering
-        return written
+
+    # -- the proof -------------------------------------------------------------------------------------------------------------
+
+    def _prove(self, pushed: _Pushed) -> Proof:
+        if self._asked is not None:
+            asked, self._asked = self._asked, None
+            try:
+                return Proof(agreement=self._compare(pushed, asked.result()), again=False)
+            except (WeightSyncFailed, WeightsDiverged) as error:
+                logger.warning("proof of policy version %d failed, it is installed again: %s", pushed.ticket.version, error)
+        with only_one(self._path.with_suffix(".lock"), deadline_s=2 * RETURN_SECONDS):
+            self._wait_returned()
+            self._install_again(pushed.ticket)
+        return Proof(agreement=self._compare(pushed, self._control.score(self._sequences)), again=True)
+
+    def _wait_returned(self) -> None:
+        try:
+            self._control.wait_healthy(deadline_s=RETURN_SECONDS)
+        except GeneratorNotReady as error:
+            raise GeneratorLost(str(error)) from error
+
+    def _install_again(self, ticket: Ticket) -> None:
+        assert self._writer is not None
+        self._writer.receipts.clear()
+        self._installer.forget()
+        self._installer.begin(ticket, Phases())
+        self._installer.end(ticket, self._writer.receipts, Phases())
 
     def _compare(self, pushed: _Pushed, scores: list[list[float]]) -> Agreement:
+        assert self._scored is not None
         trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
-        return compare(pushed.scores, scores, sequences=self._sequences, version=pushed.version, dtypes={trained_in, self._dtype})
+        dtypes = {trained_in, self._dtype}
+        return compare(self._scored.result(), scores, sequences=self._sequences, version=pushed.ticket.version, dtypes=dtypes)

@@ -1,15 +1,23 @@
-"""The mailbox as a backend of vLLM's weight transfer: the one file that touches vLLM's classes.
+"""The mailbox as a backend of vLLM's weight transfer: the worker's half. With `vllm_install` the only code that touches vLLM's classes.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in each of its processes. Chosen by
-`--weight-transfer-config '{"backend": "otj_mailbox"}'`; init_info is {"path": ...}, update_info is {"version": ...}.
+`--weight-transfer-config '{"backend": "otj_mailbox"}'`. The phases are vLLM's own, so that anybody's trainer can drive them:
 
-An update is all or nothing as far as vLLM allows: the mailbox is verified to the last byte before the model is touched, and
-the model's layers are opened, loaded and closed within the one update call. So a refused update leaves the old weights
-serving, and start and finish have nothing to do here.
+    init_transfer_engine  {"path", "staging_bytes"}   opens the mailbox and pins it
+    start_weight_update                               nothing
+    update_weights        {"version", "sequence", "slot"}   begins to stage that version and returns, while decoding goes on; with the
+                                                      version alone, the latest in the mailbox
+    finish_weight_update                              waits until all is staged and checked, then installs it: the only phase that
+                                                      changes the model, to be called between two engine steps
+
+How it installs is decided at the first update. Where the model's loader only copies, its copies are recorded and replayed (`plan`). Else
+(a CPU's packed layouts, quantised weights, mixtures of experts) the tensors go through vLLM's own layerwise reload, which packs and
+quantises again; that is slower, and the pause is as long as it takes.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +30,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from otj_runtime.weights.errors import MailboxError, UnsupportedVLLM
+from otj_runtime.weights.layout import Ticket
 from otj_runtime.weights.mailbox import MailboxReader
+from otj_runtime.weights.plan import Plan, record
+from otj_runtime.weights.staging import DeviceStaging, HostStaging, Staging
+from otj_runtime.weights.vllm_install import offer_installation
+
+logger = logging.getLogger(__name__)
 
 BACKEND = "otj_mailbox"
 SUPPORTED = ((0, 32), (0, 33))
@@ -46,24 +60,32 @@ def require_supported(version: str) -> None:
 require_supported(vllm.__version__)
 
 
+PLAIN_LAYERS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
+"""vLLM's layers whose parameters stay as they were loaded, on a GPU."""
+
+
 def register() -> None:
     """Make the backend known to vLLM. May be called more than once in a process."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, MailboxEngine)
+    offer_installation()
 
 
 @dataclass
 class MailboxInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """Where the mailbox is."""
+    """Where the mailbox is, and how many bytes of GPU memory staging may take: None for as many as the model has."""
 
     path: str
+    staging_bytes: int | None = None
 
 
 @dataclass
 class MailboxUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Which version to install; it must be the latest in the mailbox."""
+    """Which version to stage; with `sequence` and `slot`, one that is still being written."""
 
     version: int
+    sequence: int | None = None
+    slot: int | None = None
 
 
 class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -71,44 +93,148 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
 
     init_info_cls = MailboxInitInfo
     update_info_cls = MailboxUpdateInfo
+    supports_draft_weight_update = False
+    _staging: Staging | None = None
+    _plan: Plan | None = None
+    _computes = False
+    _replay: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
     def init_transfer_engine(self, init_info: MailboxInitInfo) -> None:
-        """Note the path. The file is opened for each update, because a trainer that starts again makes a new one."""
-        self._path = Path(init_info.path)
+        """Open the mailbox. Repeated by every trainer that starts, because it makes a new file; the plan stays while the tensors do."""
+        self.shutdown()
+        reader = MailboxReader(Path(init_info.path))
+        if reader.layout.on_gpu and self.device.type == "cpu":
+            raise MailboxError("the trainer is on a GPU and this generator on a CPU: run both on the same kind of device")
+        parallel = self.parallel_config
+        worker = int(parallel.data_parallel_index * parallel.world_size + parallel.rank)
+        if self.device.type == "cuda" and reader.layout.on_gpu:
+            try:
+                self._staging = DeviceStaging(reader, worker, device=self.device, limit=init_info.staging_bytes)
+            except BaseException:
+                reader.close()
+                raise
+        else:
+            self._staging = HostStaging(reader, worker)
+        if self._plan is not None and self._plan.layout != reader.layout:
+            self._plan = None
 
     def start_weight_update(self) -> None:
         """Nothing: see the module's text."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As vLLM's own, but for its call to synchronize the accelerator, which raises where there is none."""
+        """As vLLM's own, but without waiting for the device: what goes on there is staging."""
         self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: MailboxUpdateInfo) -> None:
-        """Verify the version, then load it into the model.
+        """Begin to stage the version.
 
         Raises:
-            MailboxError: if it cannot be verified (the model is untouched), or does not hold all parameters (it is not).
+            MailboxError: if nothing was opened, or the version is neither published nor described.
         """
-        with MailboxReader(self._path).reading(update_info.version) as tensors:
-            # Before the reload opens the layers: it parts tied parameters, and one that is tied has no name of its own to load.
-            wanted = {name for name, _ in self.model.named_parameters()}
-            initialize_layerwise_reload(self.model)
-            try:
-                loaded = self.model.load_weights(iter(tensors))
-            finally:
-                finalize_layerwise_reload(self.model, self.model_config)
-        if loaded is not None and (missing := wanted - set(loaded)):
-            raise MailboxError(f"version {update_info.version} brings nothing for {len(missing)} parameters, the first is {min(missing)}")
-        if self.device.type == "cpu":
-            repack_tied_heads(self.model)
+        staging = self._opened()
+        if update_info.version < 0:
+            staging.stop()
+            raise MailboxError("the update was given up")
+        if update_info.sequence is None or update_info.slot is None:
+            ticket = staging.reader.latest(update_info.version)
+        else:
+            ticket = Ticket(version=update_info.version, slot=update_info.slot, sequence=update_info.sequence)
+        staging.begin(ticket)
 
     def finish_weight_update(self) -> None:
-        """Nothing: see the module's text."""
+        """Install what was staged, when all of it is there and fits its checksums.
+
+        Raises:
+            MailboxError: if it does not (the model is untouched, unless staging is limited), or does not hold all parameters.
+        """
+        staging = self._opened()
+        if not (isinstance(staging, DeviceStaging) and staging.partial):
+            staging.wait()
+        ticket = staging.ticket
+        assert ticket is not None
+        with staging.reader.guarding(ticket):
+            if isinstance(staging, DeviceStaging) and self._plan is not None:
+                self._copy(staging, self._plan)
+                return
+            staging.drain()
+            if isinstance(staging, DeviceStaging) and self._plain():
+                self._record(staging.reader, ticket)
+            else:
+                self._reload(staging.reader, ticket)
 
     def shutdown(self) -> None:
-        """Nothing: no file stays open between updates."""
+        """Stop staging and let go of the mailbox and the buffer."""
+        if self._staging is not None:
+            self._staging.stop()
+            self._staging.reader.close()
+        self._staging, self._replay = None, None
+
+    def _opened(self) -> Staging:
+        if self._staging is None:
+            raise MailboxError("no mailbox was opened: init_weight_transfer_engine comes first")
+        return self._staging
+
+    def _plain(self) -> bool:
+        """Whether every layer keeps its parameters as they were loaded, and derives no others from them (as latent attention does)."""
+        if self._computes or getattr(self.model_config, "use_mla", False):
+            return False
+        methods = {
+            type(method).__name__ for module in self.model.modules() if (method := getattr(module, "quant_method", None)) is not None
+        }
+        return methods <= PLAIN_LAYERS
+
+    def _record(self, reader: MailboxReader, ticket: Ticket) -> None:
+        """Load from the mailbox itself, which pauses longer than a replay, and remember the copies."""
+        with torch.no_grad():
+            plan = record(self.model.load_weights, reader.layout, reader.tensors(ticket.slot))
+        torch.cuda.synchronize(self.device)
+        self._require_all(plan.loaded, ticket)
+        if missed := plan.untouched(self.model):
+            self._computes = True
+            logger.warning("this model's loader does more than copy (%s): weights go through vLLM's reload from now on", missed[0])
+            return
+        self._plan = plan
+        logger.info("recorded %d copies of %d tensors", len(plan.copies), len(plan.layout.tensors))
+
+    def _copy(self, staging: DeviceStaging, plan: Plan) -> None:
+        """Replay the plan: at once if all is staged, else run by run."""
+        if self._replay is None:
+            self._replay = ([copy.destination for copy in plan.copies], plan.sources(staging.tensors))
+        destinations, sources = self._replay
+        if not staging.partial:
+            torch._foreach_copy_(destinations, sources)
+            torch.cuda.current_stream(self.device).synchronize()
+            return
+        waiting = sorted(range(len(plan.copies)), key=lambda index: plan.copies[index].tensor, reverse=True)
+        for _, end in staging.runs():
+            chosen = []
+            while waiting and plan.copies[waiting[-1]].tensor < end:
+                chosen.append(waiting.pop())
+            torch._foreach_copy_([destinations[index] for index in chosen], [sources[index] for index in chosen])
+            staging.installed(end)
+        staging.wait()
+
+    def _reload(self, reader: MailboxReader, ticket: Ticket) -> None:
+        """Load through vLLM's layerwise reload."""
+        # Before the reload opens the layers: it parts tied parameters, and one that is tied has no name of its own to load.
+        wanted = {name for name, _ in self.model.named_parameters()}
+        named = zip((entry.name for entry in reader.layout.tensors), reader.tensors(ticket.slot), strict=True)
+        initialize_layerwise_reload(self.model)
+        try:
+            loaded = self.model.load_weights(iter(named))
+        finally:
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._require_all(loaded, ticket, wanted)
+        if self.device.type == "cpu":
+            repack_tied_heads(self.model)
+        else:
+            torch.cuda.synchronize(self.device)
+
+    def _require_all(self, loaded: Any, ticket: Ticket, wanted: set[str] | None = None) -> None:
+        if wanted is None:
+            wanted = {name for name, _ in self.model.named_parameters()}
+        if loaded is not None and (missing := wanted - set(loaded)):
+            raise MailboxError(f"version {ticket.version} brings nothing for {len(missing)} parameters, the first is {min(missing)}")
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from otj_runtime.rollout.pipeline import Taken
 from otj_runtime.rollout.types import Completion, Group, Span
-from otj_runtime.train.sampling import Exclusive, IdleShares, SyncReport, overlap_metrics
+from otj_runtime.train.sampling import Exclusive, IdleShares, Measured, Proof, overlap_metrics
 
 
 def test_idle_is_what_neither_side_used() -> None:
@@ -35,11 +35,14 @@ class Slow:
         self.pushing, self.go_on = threading.Event(), threading.Event()
         self.events: list[str] = []
 
-    def push(self, version: int) -> SyncReport:
+    def push(self, version: int) -> Measured:
         self.pushing.set()
         assert self.go_on.wait(10)
         self.events.append(f"push {version}")
         return self
+
+    def proven(self, version: int) -> Proof:
+        raise AssertionError("not asked for")
 
     def reinstall(self) -> None:
         self.events.append("reinstall")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from otj_runtime.weights.layout import Layout
-from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter, Ticket
+from otj_runtime.weights.layout import Layout, Ticket
+from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter
 
 SHAPES: dict[str, tuple[int, ...]] = {"embed": (7, 3), "norm": (3,), "proj": (3, 5), "scalar": (), "head": (11, 3)}
 
@@ -24,8 +24,7 @@ def tensors(version: int) -> dict[str, torch.Tensor]:
 
 def write_all(writer: MailboxWriter, ticket: Ticket, values: dict[str, torch.Tensor]) -> None:
     """Write every tensor, as one rank would."""
-    for name, value in values.items():
-        writer.write(ticket, name, value)
+    writer.write(ticket, values.items())
 
 
 def push(writer: MailboxWriter, version: int) -> dict[str, torch.Tensor]:

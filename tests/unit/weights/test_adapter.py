@@ -37,8 +37,8 @@ class LoadingGenerator:
     def weight_version(self) -> str:
         return self.version
 
-    def pause(self, *, mode: str) -> None:
-        self.calls.append(f"pause {mode}")
+    def drain(self) -> None:
+        self.calls.append("drain")
 
     def load_adapter(self, path: str) -> None:
         self.calls.append("load")
@@ -74,10 +74,11 @@ def sync_of(policy: Any, folder: Path, generator: LoadingGenerator) -> AdapterSy
 
 def test_what_is_written_is_an_adapter_that_makes_the_generator_the_policy(policy: Any, tmp_path: Path) -> None:
     generator = LoadingGenerator()
-    report = sync_of(policy, tmp_path, generator).push(7)
-    assert generator.calls == ["pause wait", "load", "reset", "resume"]
+    sync = sync_of(policy, tmp_path, generator)
+    report = sync.push(7)
+    assert generator.calls == ["drain", "load", "reset", "resume"]
     assert (generator.version, report.version) == ("7", 7)
-    assert report.agreement.max_abs < 1e-5
+    assert sync.proven(7).agreement.max_abs < 1e-5
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert report.bytes == 4 * trained
 

@@ -12,29 +12,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
 from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
 from otj_runtime.weights import control as control_module
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import WeightSyncFailed
-from otj_runtime.weights.install import Phases, install, only_one
+from otj_runtime.weights.install import Installer, Phases, only_one
+from otj_runtime.weights.layout import Layout, Ticket
+from otj_runtime.weights.receipts import Receipt, Receipts, State
 
-PHASES = ["init", "pause", "start", "update", "finish", "reset_prefix_cache", "resume"]
-ROUTES = dict(
-    zip(
-        PHASES,
-        [
-            "/init_weight_transfer_engine",
-            "/pause",
-            "/start_weight_update",
-            "/update_weights",
-            "/finish_weight_update",
-            "/reset_prefix_cache",
-            "/resume",
-        ],
-        strict=True,
-    )
-)
+ROUTES = {
+    "init": "/init_weight_transfer_engine",
+    "start": "/start_weight_update",
+    "update": "/update_weights",
+    "install": "/otj/install",
+}
+TICKET = Ticket(version=3, slot=1, sequence=7)
 
 
 class Server(ThreadingHTTPServer):
@@ -45,7 +39,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.calls: list[str] = []
-        self.answers: dict[str, tuple[int, object]] = {"/reset_prefix_cache": (200, {"success": True})}
+        self.answers: dict[str, tuple[int, object]] = {
+            "/otj/install": (200, {"paused_s": 0.003}),
+            "/get_world_size": (200, {"world_size": 2}),
+        }
         self.silent: set[str] = set()
         self.control = GeneratorControl(f"http://127.0.0.1:{self.server_port}")
 
@@ -90,34 +87,63 @@ def server() -> Iterator[Server]:
         yield started
 
 
-def test_an_installation_goes_through_its_phases_in_order(server: Server) -> None:
+@pytest.fixture
+def receipts() -> Receipts:
+    layout = Layout.of([("one", (1,))], torch.float32)
+    return Receipts(memoryview(bytearray(layout.file_bytes)), layout)
+
+
+def _install(server: Server, receipts: Receipts, phases: Phases) -> None:
+    installer = Installer(server.control, Path("/mailbox"))
+    installer.begin(TICKET, phases)
+    for worker in range(2):
+        receipts.put(worker, Receipt(TICKET.sequence, State.STAGED))
+    installer.end(TICKET, receipts, phases)
+
+
+def test_an_installation_goes_through_its_phases_in_order(server: Server, receipts: Receipts) -> None:
     phases = Phases()
-    install(server.control, Path("/mailbox"), 3, phases)
-    assert server.calls == [ROUTES[phase] for phase in PHASES]
-    assert list(phases.seconds) == PHASES
+    _install(server, receipts, phases)
+    assert server.calls == [ROUTES["init"], "/get_world_size", *(ROUTES[phase] for phase in ("start", "update", "install"))]
+    assert set(phases.seconds) == {"init", "start", "update", "stage", "paused", "install"}
+    assert phases.seconds["paused"] == 0.003
 
 
-@pytest.mark.parametrize("failing", PHASES)
-def test_a_failing_phase_is_named_and_generation_goes_on(server: Server, failing: str) -> None:
+@pytest.mark.parametrize("failing", list(ROUTES))
+def test_a_failing_phase_is_named_and_nothing_after_it_is_asked(server: Server, receipts: Receipts, failing: str) -> None:
     server.answers[ROUTES[failing]] = (500, {"error": {"message": "out of luck"}})
     with pytest.raises(WeightSyncFailed, match=f"{failing}: .* with 500: out of luck") as caught:
-        install(server.control, Path("/mailbox"), 3, Phases())
+        _install(server, receipts, Phases())
     assert caught.value.phase == failing
-    assert (server.calls[-1] == ROUTES["resume"]) is (failing != "init")
-    assert server.calls.count(ROUTES[failing]) == 1
+    assert server.calls[-1] == ROUTES[failing]
 
 
-def test_a_prefix_cache_that_was_not_reset_is_a_failure(server: Server) -> None:
-    server.answers["/reset_prefix_cache"] = (200, {"success": False})
-    with pytest.raises(WeightSyncFailed, match="could not forget the prefixes"):
-        install(server.control, Path("/mailbox"), 3, Phases())
+def test_an_update_that_is_open_still_is_given_up_first(server: Server) -> None:
+    server.answers[ROUTES["start"]] = (500, {"error": {"message": "already active"}})
+    with pytest.raises(WeightSyncFailed, match="already active"):
+        Installer(server.control, Path("/mailbox")).begin(TICKET, Phases())
+    assert server.calls[-3:] == [ROUTES["start"], ROUTES["update"], ROUTES["start"]]
+
+
+@pytest.mark.parametrize(
+    ("receipt", "words"),
+    [
+        (Receipt(7, State.FAILED, "tensor norm does not fit"), "worker 1: tensor norm does not fit"),
+        (Receipt(6, State.STAGED), "worker 1 did not stage the weights in 0 s"),
+    ],
+)
+def test_a_worker_that_fails_or_keeps_silent_is_named(receipts: Receipts, receipt: Receipt, words: str) -> None:
+    receipts.put(0, Receipt(7, State.STAGED))
+    receipts.put(1, receipt)
+    with pytest.raises(WeightSyncFailed, match=words):
+        receipts.wait(sequence=7, workers=2, deadline_s=0.05)
 
 
 def test_a_generator_that_keeps_silent_meets_the_deadline_of_its_phase(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(control_module.DEADLINES, "update", 0.2)
     server.silent.add("/update_weights")
     with pytest.raises(WeightSyncFailed, match="update: the generator did not answer POST /update_weights in 0 s"):
-        server.control.update(1)
+        server.control.update(TICKET)
     assert server.calls == ["/update_weights"]
 
 

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.layout import RECEIPT_BYTES, WORKERS, Layout
 from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter
+from otj_runtime.weights.receipts import Receipts
 from tests.unit.weights.files import layout, push, read, same, tensors, write_all
 
 
@@ -45,7 +46,7 @@ class CrashingMemory:
 
 def _bytes_of_a_push(writer: MailboxWriter) -> int:
     """Bytes that begin, the checksums and publish store, beside the tensors."""
-    return 2 * 32 + 2 * writer.layout.sums_bytes
+    return 2 * 32 + 2 * writer.layout.sums_bytes + WORKERS * RECEIPT_BYTES
 
 
 @given(version=st.integers(0, 2), share=st.floats(0, 1), written=st.integers(0, 5))
@@ -58,7 +59,9 @@ def test_a_crash_at_any_byte_leaves_the_previous_version_readable(
     for earlier in range(version + 1):
         values = push(writer, earlier)
     doomed = MailboxWriter(path, layout())
-    doomed._data = CrashingMemory(doomed._data, int(share * (_bytes_of_a_push(doomed) - 1)))  # type: ignore[assignment]
+    crashing = CrashingMemory(doomed._data, int(share * (_bytes_of_a_push(doomed) - 1)))
+    doomed._data = crashing  # type: ignore[assignment]
+    doomed.receipts = Receipts(crashing, doomed.layout)  # type: ignore[arg-type]
     with pytest.raises(Crash):
         push(doomed, version + 1)
     assert same(read(path, version), values)
@@ -73,7 +76,7 @@ def test_a_crash_at_any_byte_leaves_the_previous_version_readable(
 _WRITER = """
 import sys, torch
 from pathlib import Path
-from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.layout import RECEIPT_BYTES, WORKERS, Layout
 from otj_runtime.weights.mailbox import MailboxWriter
 path, layout = Path(sys.argv[1]), Layout.of([(f"t{i}", (512, 512)) for i in range(24)], torch.float32)
 writer = MailboxWriter(path, layout)
@@ -81,8 +84,7 @@ version = 0
 while True:
     version += 1
     ticket = writer.begin(version)
-    for entry in layout.tensors:
-        writer.write(ticket, entry.name, torch.full(entry.shape, float(version)))
+    writer.write(ticket, ((entry.name, torch.full(entry.shape, float(version))) for entry in layout.tensors))
     writer.publish(ticket)
 """
 

@@ -50,7 +50,7 @@ def test_tensors_of_any_stride_arrive_in_order(path: Path) -> None:
     writer = MailboxWriter.create(path, Layout.of([("turned", (4, 6))], torch.float32))
     value = torch.rand(6, 4).T
     ticket = writer.begin(1)
-    writer.write(ticket, "turned", value)
+    writer.write(ticket, [("turned", value)])
     writer.publish(ticket)
     assert same(read(path, 1), {"turned": value})
 
@@ -99,7 +99,7 @@ def test_ranks_may_write_their_shares_in_any_order(
         values = tensors(version)
         ticket = writers[0].begin(version)
         for name in order:
-            writers[owner[name]].write(ticket, name, values[name])
+            writers[owner[name]].write(ticket, [(name, values[name])])
         writers[0].publish(ticket)
         assert same(read(path, version), values)
 
@@ -171,7 +171,7 @@ def test_a_rank_with_another_model_is_refused(writer: MailboxWriter, path: Path)
 )
 def test_a_tensor_that_does_not_fit_is_refused(writer: MailboxWriter, name: str, shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(MailboxError, match=words):
-        writer.write(writer.begin(0), name, torch.zeros(shape))
+        writer.write(writer.begin(0), [(name, torch.zeros(shape))])
 
 
 def test_too_little_memory_is_refused_before_anything_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,127 @@
+"""Checksums of tensors that lie on a GPU, in one pass over many pieces of memory and without a copy to the host.
+
+    checksum of a tensor = sum over its elements of bits(element) * weight(position), modulo 2**64
+
+`bits` are the element's bits in the generator's dtype, `position` its place in the flattened tensor, `weight` an odd number that looks
+random. So a swap, a shift or a lost piece shows, and the sum may be collected from pieces in any order: of the trainer's tensors, cast
+on the way; of what was staged; and of the parameters that were installed, where one tensor fills a part of a fused parameter.
+
+One launch walks a table of pieces that is made once. What it trades: it is no digest against an adversary, and it needs Triton,
+which comes with every CUDA build of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BLOCK = 4096
+"""Elements that one program of the kernel sums."""
+
+MULTIPLIER = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd number next to 2**64 / golden ratio
+MIXER = -4658895280553007687  # 0xBF58476D1CE4E5B9
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of elements in memory that belong to one tensor.
+
+    Attributes:
+        address: of the first element.
+        count: number of elements.
+        columns: elements of a row.
+        stride: elements from one row to the next, in memory.
+        position: place of the first element in the flattened tensor.
+        position_stride: places from one row to the next.
+        target: index of the sum that it adds to.
+    """
+
+    address: int
+    count: int
+    columns: int
+    stride: int
+    position: int
+    position_stride: int
+    target: int
+
+    @classmethod
+    def flat(cls, address: int, count: int, target: int) -> Piece:
+        """A whole tensor that lies in one run."""
+        return cls(address, count, max(count, 1), 0, 0, 0, target)
+
+
+class Checksums:
+    """Sums over a fixed set of pieces, recomputed at each call.
+
+    Args:
+        pieces: in an order such that `ranges` of it are summed together.
+        targets: number of sums.
+        source: dtype of the elements in memory.
+        dtype: the generator's dtype, which they are cast to.
+        device: of the memory.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], *, targets: int, source: torch.dtype, dtype: torch.dtype, device: torch.device | int
+    ) -> None:
+        fields = [[p.address, p.count, p.columns, p.stride, p.position, p.position_stride, p.target] for p in pieces]
+        blocks = torch.tensor([-(-piece.count // BLOCK) for piece in pieces], dtype=torch.int64)
+        self._first = [0, *torch.cumsum(blocks, 0).tolist()]
+        piece_of = torch.repeat_interleave(torch.arange(len(pieces)), blocks)
+        block_of = torch.arange(self._first[-1]) - torch.tensor(self._first)[piece_of]
+        self._pieces = torch.tensor(fields, dtype=torch.int64).view(-1, 7).to(device)
+        self._programs = torch.stack([piece_of, block_of], dim=1).to(torch.int32).to(device)
+        self.sums = torch.zeros(targets, dtype=torch.int64, device=device)
+        self._source, self._dtype = source, dtype
+
+    def add(self, start: int, end: int) -> None:
+        """Add pieces `start` to `end` to their sums, on the current stream."""
+        first, programs = self._first[start], self._first[end] - self._first[start]
+        if programs:
+            _kernel()[(programs,)](
+                self._pieces,
+                self._programs,
+                self.sums,
+                first,
+                _triton(self._source),
+                _triton(self._dtype),
+                self._dtype.itemsize == 4,
+                BLOCK,
+            )
+
+    def compute(self) -> torch.Tensor:
+        """All sums anew, on the current stream: int64 on the device, to be read as unsigned."""
+        self.sums.zero_()
+        self.add(0, len(self._first) - 1)
+        return self.sums
+
+
+def reference(tensor: torch.Tensor) -> int:
+    """The checksum of one tensor as its definition says: slow, on any device."""
+    bits = tensor.detach().contiguous().view(-1).view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]).to(torch.int64)
+    position = torch.arange(bits.numel(), dtype=torch.int64, device=bits.device)
+    mixed = position * MULTIPLIER
+    mixed = (mixed ^ ((mixed >> 29) & ((1 << 35) - 1))) * MIXER | 1
+    return int((bits * mixed).sum()) % 2**64
+
+
+def _triton(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+_compiled: Any = None
+
+
+def _kernel() -> Any:
+    """The kernel; made at first use, because a host without a GPU has no Triton."""
+    global _compiled
+    if _compiled is None:
+        from otj_runtime.weights.checksum_kernel import add_pieces
+
+        _compiled = add_pieces
+    return _compiled

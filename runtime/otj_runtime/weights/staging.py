@@ -1,0 +1,256 @@
+"""Staging: a worker brings a version's tensors near while the generator still decodes, and checks them, before any of them is installed.
+
+    thread   for each tensor, in the layout's order: wait until a trainer has written it -> take it -> check it
+             -> wait until the version is published -> compare all checksums -> receipt
+    engine   wait(), then install from `tensors`
+
+On a CPU nothing is copied: tensors are taken where they lie, in the mailbox. On a GPU they are copied to a buffer by the copy engine, on a
+stream of their own, in runs of up to `RUN_BYTES`, as the trainer's copies arrive; the checksums are computed where they land.
+
+With a limit the buffer is a ring. The tensors that fit are staged ahead; the rest follow while the engine installs, so
+generation pauses for as long as they take to cross the bus, and they are checked only afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+
+from otj_runtime.weights.checksums import Checksums, Piece
+from otj_runtime.weights.errors import MailboxError
+from otj_runtime.weights.layout import Ticket
+from otj_runtime.weights.mailbox import MailboxReader
+from otj_runtime.weights.plan import Place, ring
+from otj_runtime.weights.receipts import POLL_SECONDS, Receipt, State
+
+RUN_BYTES = 32 << 20
+"""Bytes of one copy to the GPU: long enough for its full speed, short enough that the last one ends soon after the trainer's."""
+
+ARRIVAL_SECONDS = 300.0
+"""How long the trainer may take from one tensor to the next."""
+
+
+class Staging:
+    """One version on its way; what both kinds share: the thread, the order, the receipt.
+
+    Args:
+        reader: the mailbox.
+        worker: this worker's number, whose receipt it writes.
+    """
+
+    def __init__(self, reader: MailboxReader, worker: int) -> None:
+        self.reader = reader
+        self._worker = worker
+        self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
+        self._failure: Exception | None = None
+        self.ticket: Ticket | None = None
+
+    def begin(self, ticket: Ticket) -> None:
+        """Start to stage what is being written under `ticket`, instead of what was staged before."""
+        self.stop()
+        self._stopped.clear()
+        self._failure, self.ticket = None, ticket
+        self._thread = threading.Thread(target=self._run, args=(ticket,), name="otj-staging", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up what is under way."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def wait(self) -> None:
+        """Return when everything is staged and fits its checksums.
+
+        Raises:
+            MailboxError: if it does not, or nothing was begun.
+        """
+        if self._thread is None:
+            raise MailboxError("nothing was staged: update_weights comes before finish_weight_update")
+        self._thread.join()
+        if self._failure is not None:
+            raise MailboxError(str(self._failure)) from self._failure
+
+    def drain(self) -> None:
+        """As `wait`, for an installation that reads the mailbox itself."""
+        self.wait()
+
+    def _run(self, ticket: Ticket) -> None:
+        try:
+            self._stage(ticket)
+            self.reader.await_published(ticket, stopped=self._stopped.is_set, deadline_s=ARRIVAL_SECONDS)
+            self._check(ticket)
+            self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.STAGED))
+        except Exception as error:
+            self._failure = error
+            self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.FAILED, str(error)))
+
+    def _stage(self, ticket: Ticket) -> None:
+        raise NotImplementedError
+
+    def _check(self, ticket: Ticket) -> None:
+        raise NotImplementedError
+
+    def _arrived(self, ticket: Ticket, index: int) -> int:
+        """Wait for tensor `index`; return the end of the run of tensors that have arrived from there on."""
+        end = time.monotonic() + ARRIVAL_SECONDS
+        while (until := self.reader.arrived(ticket, index)) == index:
+            if self._stopped.is_set():
+                raise MailboxError(f"version {ticket.version} was given up")
+            if time.monotonic() > end:
+                name = self.reader.layout.tensors[index].name
+                raise MailboxError(f"version {ticket.version}: tensor {name} was not written for {ARRIVAL_SECONDS:.0f} s")
+            time.sleep(POLL_SECONDS)
+        return until
+
+
+class HostStaging(Staging):
+    """Tensors taken where they lie in the mailbox; each is checked as it arrives."""
+
+    def _stage(self, ticket: Ticket) -> None:
+        index = 0
+        while index < len(self.reader.layout.tensors):
+            end = self._arrived(ticket, index)
+            for position in range(index, end):
+                self.reader.check_tensor(ticket, position)
+            index = end
+
+    def _check(self, ticket: Ticket) -> None:
+        """Nothing more: each tensor was checked, and `await_published` has checked the table of checksums."""
+
+
+class DeviceStaging(Staging):
+    """Tensors in a buffer on the worker's GPU.
+
+    Args:
+        limit: bytes that the buffer may take; None for all tensors.
+    """
+
+    def __init__(self, reader: MailboxReader, worker: int, *, device: torch.device, limit: int | None) -> None:
+        super().__init__(reader, worker)
+        layout = reader.layout
+        self._device = device
+        sizes = [entry.nbytes for entry in layout.tensors]
+        self.partial = limit is not None and limit < layout.slot_bytes
+        capacity = limit if limit is not None and self.partial else layout.slot_bytes
+        self.places = ring(sizes, capacity) if self.partial else [Place(entry.offset, 0) for entry in layout.tensors]
+        self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
+        self.tensors = [self._view(index) for index in range(len(sizes))]
+        self._stream = torch.cuda.Stream(device)
+        self._sum_stream = torch.cuda.Stream(device)
+        base = self.buffer.data_ptr()
+        dtype = layout.tensors[0].torch_dtype
+        pieces = [
+            Piece.flat(base + place.offset, entry.count, index)
+            for index, (place, entry) in enumerate(zip(self.places, layout.tensors, strict=True))
+        ]
+        self._sums = Checksums(pieces, targets=len(pieces), source=dtype, dtype=dtype, device=device)
+        self._installed = 0
+        self._copied: list[tuple[int, torch.cuda.Event]] = []
+        self._progress = threading.Condition()
+
+    def _view(self, index: int) -> torch.Tensor:
+        entry, place = self.reader.layout.tensors[index], self.places[index]
+        return self.buffer[place.offset : place.offset + entry.nbytes].view(entry.torch_dtype).view(entry.shape)
+
+    def begin(self, ticket: Ticket) -> None:
+        self.stop()
+        self._installed, self._copied = 0, []
+        super().begin(ticket)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        with self._progress:
+            self._progress.notify_all()
+        super().stop()
+
+    def _stage(self, ticket: Ticket) -> None:
+        torch.cuda.set_device(self._device)
+        tensors = self.reader.layout.tensors
+        host = self.reader.slot_bytes(ticket.slot)
+        self._sum_stream.wait_stream(torch.cuda.default_stream(self._device))
+        with torch.cuda.stream(self._sum_stream):
+            self._sums.sums.zero_()
+        index = announced = 0
+        while index < len(tensors):
+            self._room(index)
+            arrived = self._arrived(ticket, index)
+            end = self._run_end(index, arrived)
+            first, last = tensors[index], tensors[end - 1]
+            size = last.offset + last.nbytes - first.offset
+            offset = self.places[index].offset
+            with torch.cuda.stream(self._stream):
+                self.buffer[offset : offset + size].copy_(host[first.offset : first.offset + size], non_blocking=True)
+                done = torch.cuda.Event()
+                done.record(self._stream)
+            with torch.cuda.stream(self._sum_stream):
+                self._sum_stream.wait_event(done)
+                self._sums.add(index, end)
+                summed = torch.cuda.Event()
+                summed.record(self._sum_stream)
+            with self._progress:
+                self._copied.append((end, summed))
+                self._progress.notify_all()
+            index = end
+            if self.partial and not announced and index < len(tensors) and self.places[index].after > self._installed:
+                announced = index
+                summed.synchronize()
+                self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.STAGED))
+        self._sum_stream.synchronize()
+
+    def _room(self, index: int) -> None:
+        """Wait until what lies in the place of tensor `index` has been installed."""
+        with self._progress:
+            while self.places[index].after > self._installed:
+                if self._stopped.is_set():
+                    raise MailboxError("staging was given up")
+                self._progress.wait(timeout=1.0)
+
+    def _run_end(self, index: int, arrived: int) -> int:
+        """End of the run that one copy can take from `index`: next to each other on both sides, there already, with room."""
+        tensors, places = self.reader.layout.tensors, self.places
+        start, shift = tensors[index].offset, places[index].offset - tensors[index].offset
+        end = index + 1
+        while (
+            end < arrived
+            and tensors[end].offset + tensors[end].nbytes - start <= RUN_BYTES
+            and places[end].offset - tensors[end].offset == shift
+            and places[end].after <= self._installed
+        ):
+            end += 1
+        return end
+
+    def _check(self, ticket: Ticket) -> None:
+        self.reader.compare(ticket, [value % 2**64 for value in self._sums.sums.tolist()])
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The runs of tensors, each as soon as the current stream may read it. After each, call `installed`."""
+        begin = done = 0
+        total = len(self.reader.layout.tensors)
+        while begin < total:
+            with self._progress:
+                while len(self._copied) <= done:
+                    if self._failure is not None or self._stopped.is_set():
+                        raise MailboxError(f"staging failed during the installation: {self._failure}")
+                    self._progress.wait(timeout=1.0)
+                end, event = self._copied[done]
+            torch.cuda.current_stream().wait_event(event)
+            yield begin, end
+            begin, done = end, done + 1
+
+    def drain(self) -> None:
+        """As `wait`; what would wait for its place need not."""
+        for _, end in self.runs():
+            self.installed(end)
+        self.wait()
+
+    def installed(self, end: int) -> None:
+        """Tensors up to `end` have been read: their place may be written again."""
+        torch.cuda.current_stream().synchronize()
+        with self._progress:
+            self._installed = end
+            self._progress.notify_all()

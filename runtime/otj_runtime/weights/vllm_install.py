@@ -1,0 +1,93 @@
+"""Installs new weights between two engine steps, in one call: the part of vLLM's interface that its own phases lack.
+
+Driven by vLLM's routes, an installation is pause, finish, reset_prefix_cache and resume: four requests during which nothing is
+generated, one of which sleeps for 20 ms. Here the engine does the same by itself, as soon as its steps under way are through:
+
+    POST /otj/install {"version"}  ->  engine: no new step; steps under way end, so every token carries the version that made it
+                                               finish_weight_update in all workers; set the version; forget cached prefixes; go on
+
+Requests in flight keep the keys and values that older weights computed for their earlier tokens: to compute them again would take longer
+than the installation. What they sample is labelled with the new version from here on, and their log-probabilities are those that were
+sampled from. Prefixes in the cache are forgotten, so that no request which starts now reads older ones.
+
+Two of vLLM's own doors are used: the entry points `vllm.general_plugins`, which adds a method to the engine, and
+`vllm.endpoint_plugins`, which adds the route and is open only to plugins that VLLM_PLUGINS names.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from concurrent.futures import Future
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Request
+from vllm.v1.engine.core import EngineCore
+
+METHOD = "otj_install_weights"
+
+
+class InstallEndpoint:
+    """vLLM's endpoint plugin: the route."""
+
+    name = "otj_mailbox"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route."""
+
+        @app.post("/otj/install")
+        async def install(request: Request, version: Annotated[str, Body(embed=True)]) -> dict[str, float]:
+            seconds = await request.app.state.engine_client.engine_core.call_utility_async(METHOD, version)
+            return {"paused_s": float(seconds)}
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Nothing to keep."""
+
+
+def offer_installation() -> None:
+    """Give vLLM's engine the method behind the route."""
+    setattr(EngineCore, METHOD, install_weights)
+
+
+def install_weights(engine: Any, version: str) -> Any:
+    """Install what the workers have staged, label it, forget cached prefixes. Seconds for which no step could start.
+
+    Returns a future, as the engine's own `pause_scheduler`: it is done when the steps under way are.
+    """
+    result: Future[float] = Future()
+
+    def act(paused: Any = None) -> None:
+        began = time.perf_counter()
+        try:
+            engine.model_executor.collective_rpc("finish_weight_update")
+            engine.set_weight_version(version)
+            forget_prefixes(engine.scheduler)
+        except Exception as error:
+            engine.resume_scheduler()
+            result.set_exception(error)
+            return
+        engine.resume_scheduler()
+        result.set_result(time.perf_counter() - began)
+
+    pausing = engine.pause_scheduler(mode="keep", clear_cache=False)
+    if pausing is None:
+        act()
+    else:
+        pausing.add_done_callback(act)
+    return result
+
+
+def forget_prefixes(scheduler: Any) -> None:
+    """Let no request find a block that older weights computed.
+
+    vLLM's own reset refuses while requests run, unless they start over, and visits every block of the cache. Here only the blocks that
+    can be found lose their names; those of running requests stay theirs.
+    """
+    pool = scheduler.kv_cache_manager.block_pool
+    found = pool.cached_block_hash_to_block
+    for entry in found._cache.values():
+        for block in entry.values() if isinstance(entry, dict) else (entry,):
+            block.reset_hash()
+    pool.cached_block_hash_to_block = type(found)()
+    pool.cached_block_hashes_by_block.clear()

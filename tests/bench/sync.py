@@ -1,0 +1,323 @@
+"""How long new weights take into a generator, by size of the model: python -m tests.bench.sync [--json FILE].
+
+For each size: a model of random weights as the trainer, a real vLLM with dummy weights as the generator, the command line of the generator
+container between them. Then the naive way (copy to the host, safetensors in shared memory, vLLM's reload), and pushes of ours: while the
+generator is idle, and while it decodes 64 sequences. On a GPU both share the card.
+
+`total` is what the trainer waits for, from the call of push to its return; `paused` is what the generator's engine stands still for;
+`proof` is how long after the push the proof was there, which nothing waits for but the training on what was sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from otj_runtime.api import DType, OnlineTrainingJob
+from otj_runtime.pod.commands import generator_command, generator_environment
+from otj_runtime.pod.config import Layout, PodConfig, resolve
+from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.sync import WeightSync
+from otj_runtime.weights.tensors import policy_tensors
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # layers, width, inner width, heads, heads of keys, vocabulary, tied
+    "4M": {"shape": (4, 128, 384, 4, 2, 8192, True)},
+    "16M": {"shape": (8, 256, 768, 8, 4, 16384, True)},
+    "60M": {"shape": (12, 512, 1536, 8, 4, 32768, True)},
+    "0.1B": {"shape": (12, 640, 2560, 10, 2, 65536, True)},
+    "0.5B": {"shape": (24, 896, 4864, 14, 2, 151936, True)},
+    "1.54B": {"shape": (28, 1536, 8960, 12, 2, 151936, True)},
+    "3B": {"shape": (36, 2048, 11008, 16, 2, 151936, True)},
+    "7.6B": {"shape": (28, 3584, 18944, 28, 4, 152064, False)},
+}
+SIZES = {"cuda": ["0.1B", "0.5B", "1.54B", "3B", "7.6B"], "cpu": ["4M", "16M", "60M"]}
+SEQUENCES = 64
+NAIVE_BYTES = 4e9
+"""Larger models are not sent the naive way: it takes half a minute each time."""
+PROMPT = list(range(100, 164))
+
+
+@dataclass
+class Bench:
+    """What all sizes share."""
+
+    device: str
+    repeats: int
+    eager: bool
+    staging: list[int | None]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--load"]:
+        load(sys.argv[2])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=SIZES[device])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the generator starts sooner")
+    parser.add_argument("--staging", nargs="+", type=float, default=[0], help="limits of the staging buffer in GiB; 0 for none")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    limits = [None if limit == 0 else int(limit * 2**30) for limit in arguments.staging]
+    bench = Bench(device, arguments.repeats, arguments.eager, limits)
+    for size in arguments.sizes:
+        try:
+            measure(bench, size)
+        except Exception as error:  # a size that fails must not cost the figures of the others
+            print(f"{size}: {error!r}"[:3000], flush=True)
+        report(bench, arguments.json)
+
+
+def measure(bench: Bench, size: str) -> None:
+    """Add the rows of one size."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="otj-bench-") as folder:
+        config = model_config(size)
+        dtype = DType.BFLOAT16 if bench.device == "cuda" else DType.FLOAT32
+        model_path = Path(folder) / "model"
+        config.save_pretrained(model_path)
+        began = time.monotonic()
+        with serving(bench, model_path, dtype, Path(folder)) as pod:
+            torch.manual_seed(0)
+            with torch.device(bench.device):
+                torch.set_default_dtype(getattr(torch, dtype))
+                model = Qwen2ForCausalLM(config).eval()
+                torch.set_default_dtype(torch.float32)
+            control = GeneratorControl(pod.generator_url)
+            weights = sum(tensor.numel() for tensor in policy_tensors(model).values()) * getattr(torch, dtype).itemsize
+            for limit in (limit for limit in bench.staging if limit is None or limit < weights):
+                sync = WeightSync(
+                    model=model, directory=Path(pod.mailbox), control=control, dtype=dtype, prompts=[PROMPT], staging_bytes=limit
+                )
+                first = sync.push(0)
+                start = time.monotonic() - began
+                sync.proven(0)
+                row = {"size": size, "bytes": first.bytes, "staging": limit, "start_s": start, "first_s": first.total_s}
+                row["naive_s"] = None
+                row["idle"] = pushes(bench, sync, model, version=100)
+                with decoding(pod.generator_url):
+                    row["busy"] = pushes(bench, sync, model, version=200)
+                bench.rows.append(row)
+                if limit is None and weights < NAIVE_BYTES:
+                    row["naive_s"] = min(naive(pod, model, Path(folder)) for _ in range(2))
+                print(json.dumps(row), flush=True)
+        del model
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def pushes(bench: Bench, sync: WeightSync, model: Any, *, version: int) -> dict[str, Any]:
+    """Push perturbed weights again and again; what each took."""
+    reports, proofs, differences = [], [], []
+    parameters = list(policy_tensors(model).values())
+    for repeat in range(bench.repeats + 2):
+        with torch.no_grad():
+            for parameter in parameters[repeat % 7 :: 7]:
+                parameter.mul_(1 + 0.002 * (repeat % 3 - 1))
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+        report_ = sync.push(version + repeat)
+        began = time.perf_counter()
+        proof = sync.proven(version + repeat)
+        assert not proof.again, "a sync was proven only the second time"
+        if repeat >= 2:
+            reports.append(report_)
+            proofs.append(time.perf_counter() - began)
+            differences.append(proof.agreement.mean)
+        time.sleep(0.2)
+    totals = [entry.total_s for entry in reports]
+    return {
+        "total_s": statistics.median(totals),
+        "total_max_s": max(totals),
+        "phases": {name: statistics.median(entry.phases.get(name, 0.0) for entry in reports) for name in reports[0].phases},
+        "paused_s": statistics.median(entry.phases["paused"] for entry in reports),
+        "paused_max_s": max(entry.phases["paused"] for entry in reports),
+        "proof_beside_s": statistics.median(proofs),
+        "mean_logprob_difference": statistics.median(differences),
+    }
+
+
+def naive(pod: PodConfig, model: Any, folder: Path) -> float:
+    """Copy everything to the host, write a file, let vLLM load it."""
+    from safetensors.torch import save_file
+
+    path = folder / "naive"
+    path.mkdir(exist_ok=True)
+    shutil.copy(folder / "model" / "config.json", path)
+    began = time.perf_counter()
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in policy_tensors(model).items()}, path / "model.safetensors")
+    # It was started with dummy weights, which vLLM would "reload".
+    overrides = {"load_config": {"load_format": "auto"}}
+    post(pod.generator_url, "/collective_rpc", {"method": "update_config", "kwargs": {"overrides": overrides}})
+    post(pod.generator_url, "/pause?mode=keep")
+    post(pod.generator_url, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
+    post(pod.generator_url, "/reset_prefix_cache?reset_running_requests=true")
+    post(pod.generator_url, "/resume")
+    seconds = time.perf_counter() - began
+    shutil.rmtree(path)
+    return seconds
+
+
+def model_config(size: str) -> Qwen2Config:
+    """Qwen2 of one of the shapes."""
+    layers, width, inner, heads, key_heads, vocabulary, tied = SHAPES[size]["shape"]
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        architectures=["Qwen2ForCausalLM"],
+        torch_dtype="bfloat16",
+    )
+
+
+@contextmanager
+def serving(bench: Bench, model: Path, dtype: DType, folder: Path) -> Iterator[PodConfig]:
+    """A generator with dummy weights that answers."""
+    extra = ["--skip-tokenizer-init", *(["--enforce-eager"] if bench.eager else [])]
+    job = OnlineTrainingJob.model_validate(
+        {
+            "apiVersion": "onlinetraining.dev/v1alpha1",
+            "kind": "OnlineTrainingJob",
+            "metadata": {"name": "bench"},
+            "spec": {
+                "algorithm": "GRPO",
+                "model": {"path": str(model)},
+                "dataset": {"task": "copy"},
+                "gpus": 2,
+                "accelerator": {"device": bench.device},
+                "generation": {"dtype": dtype.value, "maxModelLen": 2048, "gpuMemoryUtilization": 0.35, "extraArgs": extra},
+            },
+        }
+    )
+    layout = Layout(shared_memory=str(folder), scratch=str(folder), generator_port=8117)
+    pod = resolve(job, layout, output=str(folder / "output"))
+    log = Path(tempfile.gettempdir()) / "otj-bench-generator.log"
+    with log.open("wb") as file:
+        command = [sys.executable, *generator_command(job, pod)[1:]]
+        environment = os.environ | {"VLLM_CACHE_ROOT": str(Path(tempfile.gettempdir()) / "otj-bench-cache")}
+        environment = generator_environment(pod) | environment | {"VLLM_PLUGINS": "otj_mailbox", "VLLM_SERVER_DEV_MODE": "1"}
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = time.monotonic() + 240
+        while not GeneratorControl(pod.generator_url).healthy():
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the generator does not answer:\n{log.read_text()[-6000:]}")
+            time.sleep(0.25)
+        yield pod
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def decoding(url: str) -> Iterator[None]:
+    """The generator decodes `SEQUENCES` sequences all the time; another process asks, so that this one's time is its own."""
+    process = subprocess.Popen([sys.executable, "-m", "tests.bench.sync", "--load", url])
+    time.sleep(4 if torch.cuda.is_available() else 2)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def load(url: str) -> None:
+    """Ask for `SEQUENCES` completions again and again."""
+    parameters = {
+        "n": SEQUENCES,
+        "max_tokens": 1024,
+        "temperature": 1.0,
+        "logprobs": 0,
+        "detokenize": False,
+        "output_kind": 2,
+        "ignore_eos": True,
+    }
+    while True:
+        post(url, "/inference/v1/generate", {"model": "policy", "token_ids": PROMPT, "sampling_params": parameters})
+
+
+def post(url: str, route: str, body: dict[str, Any] | None = None) -> None:
+    """One request that must succeed."""
+    request = urllib.request.Request(url + route, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}, method="POST")
+    with urllib.request.urlopen(request, timeout=600) as response:
+        response.read()
+
+
+def report(bench: Bench, path: Path | None) -> None:
+    """The table, the bars and the file."""
+    machine = (
+        torch.cuda.get_device_name() if bench.device == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    )
+    print(f"\nweight sync on {machine}, torch {torch.__version__}, p50 of {bench.repeats}; ms")
+    print("| size | GB | staging | naive | first | idle: total | paused | decoding: total (max) | paused (max) | proof after | x naive |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in bench.rows:
+        busy, idle = row["busy"], row["idle"]
+        faster = f"{row['naive_s'] / busy['total_s']:.0f}" if row["naive_s"] else "-"
+        staging = "all" if row["staging"] is None else f"{row['staging'] / 2**30:.1f} GiB"
+        print(
+            f"| {row['size']} | {row['bytes'] / 1e9:.3f} | {staging} | {1e3 * (row['naive_s'] or math.nan):.0f} | {1e3 * row['first_s']:.0f} "
+            f"| {1e3 * idle['total_s']:.1f} | {1e3 * idle['paused_s']:.1f} | {1e3 * busy['total_s']:.1f} ({1e3 * busy['total_max_s']:.1f}) "
+            f"| {1e3 * busy['paused_s']:.1f} ({1e3 * busy['paused_max_s']:.1f}) | {1e3 * busy['proof_beside_s']:.1f} | {faster} |"
+        )
+    fixed, per_gb = fit([(row["bytes"] / 1e9, row["idle"]["total_s"]) for row in bench.rows if row["staging"] is None])
+    print(f"idle: {1e3 * fixed:.1f} ms + {1e3 * per_gb:.1f} ms for each GB")
+    if path is not None:
+        figures = {"machine": machine, "rows": bench.rows, "fixed_s": fixed, "s_per_gb": per_gb, "passed": bars(bench, fixed)}
+        path.write_text(json.dumps(figures, indent=1))
+
+
+def bars(bench: Bench, fixed: float) -> dict[str, bool]:
+    """By bar, whether it was met; only those that were measured, on the hardware that they are meant for."""
+    passed = {}
+    for row in bench.rows if bench.device == "cuda" else []:
+        busy = row["busy"]
+        if row["size"] == "1.54B" and row["staging"] is None:
+            passed["1.54B total <= 0.08 s"] = busy["total_s"] <= 0.08
+            passed["1.54B paused <= 0.005 s"] = busy["paused_s"] <= 0.005
+            passed["1.54B >= 60 x naive"] = row["naive_s"] / busy["total_s"] >= 60
+        if row["size"] == "7.6B":
+            limits = (0.35, 0.015) if row["staging"] is None else (0.45, 0.06)
+            name = "7.6B" if row["staging"] is None else "7.6B, 2 GiB"
+            passed[f"{name} total <= {limits[0]} s"] = busy["total_s"] <= limits[0]
+            passed[f"{name} paused <= {limits[1]} s"] = busy["paused_s"] <= limits[1]
+    if len({row["size"] for row in bench.rows}) > 2 and bench.device == "cuda":
+        passed["fixed part <= 0.010 s"] = fixed <= 0.010
+    return passed
+
+
+def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Least squares of seconds over GB: the fixed part and the slope; NaN with fewer than two sizes."""
+    if len({size for size, _ in points}) < 2:
+        return math.nan, math.nan
+    slope, intercept = statistics.linear_regression([x for x, _ in points], [y for _, y in points])
+    return intercept, slope
+
+
+if __name__ == "__main__":
+    main()
