@@ -4,7 +4,7 @@
 
 `bits` are the element's bits in the generator's dtype, `position` its place in the flattened tensor, `weight` an odd number that looks
 random. So a swap, a shift or a lost piece shows, and the sum may be collected from pieces in any order: of the trainer's tensors, cast
-on the way; of what was staged; and of the parameters that were installed, where one tensor fills a part of a fused parameter.
+on the way, and of what was staged.
 
 One launch walks a table of pieces that is made once. What it trades: it is no digest against an adversary, and it needs Triton,
 which comes with every CUDA build of torch.

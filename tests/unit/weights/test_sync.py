@@ -1,0 +1,174 @@
+"""A push, its proof and what fails on the way, with a generator in this process that installs as vLLM's worker does on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from otj_runtime.api import DType
+from otj_runtime.weights.errors import MailboxError, WeightsDiverged, WeightSyncFailed
+from otj_runtime.weights.layout import Ticket
+from otj_runtime.weights.mailbox import MailboxReader
+from otj_runtime.weights.probe import trainer_scores
+from otj_runtime.weights.staging import HostStaging
+from otj_runtime.weights.sync import WeightSync
+from tests.unit.weights.test_tensors import tiny_model
+
+SEQUENCES = [[1, 2, 3, 4], [5, 6, 7]]
+
+
+class LoadingGenerator:
+    """A generator's control whose worker stages from the mailbox and loads what it staged.
+
+    Attributes:
+        lame: installations that are acknowledged and do nothing.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.lame = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.version = "default"
+        torch.manual_seed(1)
+        self.model: Any = tiny_model(tied=True)
+        self.staging: HostStaging | None = None
+        self.open = False
+
+    def healthy(self) -> bool:
+        return True
+
+    def wait_healthy(self, *, deadline_s: float) -> None:
+        pass
+
+    def weight_version(self) -> str:
+        return self.version
+
+    def init_transfer(self, path: str, staging_bytes: int | None) -> None:
+        self.calls.append("init")
+        self.staging = HostStaging(MailboxReader(Path(path)), worker=0)
+
+    def workers(self) -> int:
+        return 1
+
+    def start(self) -> None:
+        if self.open:
+            raise WeightSyncFailed("start: already active", phase="start")
+        self.open = True
+
+    def give_up(self) -> None:
+        self.open = False
+
+    def update(self, ticket: Ticket) -> None:
+        if self.staging is None or not self.open:
+            self.open = False
+            raise WeightSyncFailed("update: nothing is open", phase="update")
+        self.calls.append(f"update {ticket.version}")
+        self.staging.begin(ticket)
+
+    def install(self, version: int) -> float:
+        assert self.staging is not None
+        assert self.staging.ticket is not None
+        try:
+            self.staging.wait()
+        except MailboxError as error:
+            raise WeightSyncFailed(f"install: {error}", phase="install") from error
+        self.open = False
+        self.version = str(version)
+        if self.lame:
+            self.lame -= 1
+            return 0.0
+        names = (entry.name for entry in self.staging.reader.layout.tensors)
+        self.model.load_state_dict(dict(zip(names, self.staging.reader.tensors(self.staging.ticket.slot), strict=True)), strict=False)
+        return 0.001
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        return trainer_scores(self.model, sequences, DType.FLOAT32).logprobs
+
+
+@pytest.fixture
+def generator() -> LoadingGenerator:
+    return LoadingGenerator()
+
+
+@pytest.fixture
+def policy() -> Any:
+    torch.manual_seed(0)
+    return tiny_model(tied=True)
+
+
+def _sync(policy: Any, folder: Path, generator: LoadingGenerator) -> WeightSync:
+    control: Any = generator
+    return WeightSync(model=policy, directory=folder, control=control, dtype=DType.FLOAT32, prompts=SEQUENCES)
+
+
+def _perturb(policy: Any) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.05)
+
+
+def test_pushes_arrive_bit_by_bit_and_are_proven_and_the_mailbox_is_introduced_once(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator
+) -> None:
+    sync = _sync(policy, tmp_path, generator)
+    for version in range(3):
+        report = sync.push(version)
+        assert (report.version, report.attempts, generator.version) == (version, 1, str(version))
+        proof = sync.proven(version)
+        assert not proof.again
+        assert proof.agreement.max_abs <= 1e-5
+        assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), generator.model.parameters(), strict=True))
+        _perturb(policy)
+    assert generator.calls == ["init", "update 0", "update 1", "update 2"]
+
+
+def test_weights_that_did_not_arrive_are_installed_again_and_what_was_sampled_is_suspect(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator
+) -> None:
+    sync = _sync(policy, tmp_path, generator)
+    generator.lame = 1
+    sync.push(4)
+    proof = sync.proven(4)
+    assert proof.again
+    assert proof.agreement.max_abs <= 1e-5
+    assert sync.proven(4) == proof  # asked for once
+
+
+def test_weights_that_do_not_arrive_twice_have_diverged(policy: Any, tmp_path: Path, generator: LoadingGenerator) -> None:
+    sync = _sync(policy, tmp_path, generator)
+    generator.lame = 2
+    sync.push(4)
+    with pytest.raises(WeightsDiverged, match="policy version 4"):
+        sync.proven(4)
+
+
+def test_a_generator_that_was_restarted_gets_the_version_back_although_the_trainer_has_moved_on(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator
+) -> None:
+    sync = _sync(policy, tmp_path, generator)
+    sync.push(1)
+    sync.proven(1)
+    pushed = copy.deepcopy(policy.state_dict())
+    _perturb(policy)
+    generator.restart()
+    sync.reinstall()
+    assert generator.version == "1"
+    assert all(torch.equal(tensor, pushed[name]) for name, tensor in generator.model.state_dict().items())
+    generator.restart()  # and unnoticed: the next push is made twice
+    report = sync.push(2)
+    assert (report.attempts, generator.version) == (2, "2")
+    assert not sync.proven(2).again
+
+
+def test_a_proof_is_only_of_what_was_pushed_last(policy: Any, tmp_path: Path, generator: LoadingGenerator) -> None:
+    sync = _sync(policy, tmp_path, generator)
+    with pytest.raises(WeightSyncFailed, match="version 0 is not the one"):
+        sync.proven(0)
+    with pytest.raises(WeightSyncFailed, match="nothing was pushed yet"):
+        sync.reinstall()
