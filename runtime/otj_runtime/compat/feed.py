@@ -150,10 +150,7 @@ class Feed:
         if not self._current():
             assert self._ticket is not None
             assert self._writer is not None
-            self._writer.receipts.clear()
-            self._installer.forget()
-            self._installer.begin(self._ticket, Phases())
-            self._installer.end(self._ticket, self._writer.receipts, Phases())
+            self._installer.again(self._ticket, self._writer.receipts)
 
 
 def floating(metadata: Iterable[tuple[str, str, list[int]]]) -> Iterator[tuple[str, tuple[int, ...]]]:

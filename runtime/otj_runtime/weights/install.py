@@ -101,6 +101,17 @@ class Installer:
         with phases("install"):
             phases.seconds["paused"] = self.control.install(ticket.version)
 
+    def again(self, ticket: Ticket, receipts: Receipts) -> None:
+        """Install once more what is published under `ticket`, in a generator that may have been restarted.
+
+        Raises:
+            WeightSyncFailed: naming the phase.
+        """
+        receipts.clear()
+        self.forget()
+        self.begin(ticket, Phases())
+        self.end(ticket, receipts, Phases())
+
 
 @contextmanager
 def only_one(lock: Path, *, deadline_s: float) -> Iterator[None]:

@@ -340,10 +340,7 @@ class WeightSync:
 
     def _install_again(self, ticket: Ticket) -> None:
         assert self._writer is not None
-        self._writer.receipts.clear()
-        self._installer.forget()
-        self._installer.begin(ticket, Phases())
-        self._installer.end(ticket, self._writer.receipts, Phases())
+        self._installer.again(ticket, self._writer.receipts)
 
     def _compare(self, pushed: _Pushed, scores: list[list[float]]) -> Agreement:
         assert self._scored is not None

@@ -15,6 +15,8 @@ from otj_runtime.compat.trl import UnsupportedTRL, _proven_before, _then_unprove
 from otj_runtime.pod.config import resolve
 from otj_runtime.pod.errors import GeneratorLost
 from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.install import Installer
+from otj_runtime.weights.layout import Ticket
 from tests.unit.api.specs import VALID
 
 
@@ -55,9 +57,10 @@ def feed_with(versions: list[str | None], monkeypatch: pytest.MonkeyPatch | None
     """A feed that has pushed version 3."""
     feed = Feed(resolve(parse_job(VALID)))
     feed._control = Versions(versions)  # type: ignore[assignment]
-    feed._version = 3
+    feed._version, feed._ticket = 3, Ticket(version=3, slot=0, sequence=1)
+    feed._writer = SimpleNamespace(receipts=None)  # type: ignore[assignment]
     if monkeypatch is not None and installed is not None:
-        monkeypatch.setattr("otj_runtime.compat.feed.install", lambda control, path, version, phases: installed.append(version))
+        monkeypatch.setattr(Installer, "again", lambda self, ticket, receipts: installed.append(ticket.version))
     return feed
 
 
