@@ -49,6 +49,7 @@ EVERYTHING: Object = {
     "rollout": {"staleness": 2, "stragglerFactor": 3},
     "training": {"learning_rate": 1e-6, "max_steps": 20, "beta": 0.2},
     "accelerate": {"mixedPrecision": "bf16", "strategy": "fsdp2", "config": {"fsdp_offload_params": True}},
+    "lora": {"rank": 4},
     "image": "registry.example/runtime@sha256:1",
     "imagePullPolicy": "Always",
     "resources": {
@@ -148,6 +149,7 @@ def test_what_the_launcher_must_know_is_in_its_configuration(containers: dict[st
     config = json.loads(environment["OTJ_CONFIG"])
     for name in ("algorithm", "training", "accelerate", "rollout", "rewards"):
         assert config[name] == EVERYTHING[name]
+    assert config["lora"]["rank"] == 4
     assert EVERYTHING["dataset"].items() <= config["dataset"].items()
     expected = {
         "modelName": "org/model",
