@@ -177,9 +177,9 @@ class LoRASpec(ApiModel):
         description="Names of the linear layers that are adapted, such as q_proj. Default: all but the output layer.",
     )
     sync: Literal["adapter", "merged"] = Field(
-        "adapter",
-        description="What goes to the generator after every step: the adapter alone, which vLLM must support for the model and the layers, "
-        "or all weights with the adapter merged, which always works. Default: adapter.",
+        "merged",
+        description="What goes to the generator after every step: all weights with the adapter merged, which always works, or the adapter "
+        "alone, which vLLM must support for the model and the layers. Default: merged.",
     )
     export: Literal["adapter", "merged"] = Field(
         "adapter", description="What is saved at the end: the adapter alone, or a whole model with the adapter merged. Default: adapter."

@@ -103,7 +103,7 @@ INVALID = [
     Invalid("an adapter for a script", {"dataset": None, "trainer.command": SCRIPT, "lora": {}}, "lora: is for the built-in trainer"),
     Invalid(
         "an adapter alone for requests that span a sync",
-        {"lora.rank": 8, "rollout.staleness": 1},
+        {"lora.sync": "adapter", "rollout.staleness": 1},
         "lora.sync: an adapter is loaded between requests, so with rollout.staleness the weights must go merged",
     ),
     Invalid("an adapter of rank 0", {"lora.rank": 0}, "spec.lora.rank in body should be greater than or equal to 1", "spec.lora.rank"),

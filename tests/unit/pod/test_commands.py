@@ -30,10 +30,10 @@ def test_accelerators_beyond_one_copy_of_the_model_hold_further_copies() -> None
 
 
 def test_a_generator_of_an_adapter_loads_the_model_itself_and_makes_room_for_the_rank() -> None:
-    command = options({"gpus": 2, "lora": {"rank": 20}})
+    command = options({"gpus": 2, "lora": {"rank": 20, "sync": "adapter"}})
     assert (command["--served-model-name"], command["--max-lora-rank"]) == ("base", "32")
     assert "--load-format" not in command
-    merged = options({"gpus": 2, "lora": {"rank": 20, "sync": "merged"}})
+    merged = options({"gpus": 2, "lora": {"rank": 20}})
     assert (merged["--served-model-name"], merged["--load-format"]) == ("policy", "dummy")
     assert "--max-lora-rank" not in merged
 
