@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from otj_runtime.pod.metrics import read_metrics
 from tests.integration.test_otj_run import finish, otj_run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.nightly]
 
 STEPS = 4
 MODEL_BYTES = 400_000
