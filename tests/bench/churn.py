@@ -44,8 +44,8 @@ class Churn:
         while True:
             name = f"churn-{self._chance.randrange(NAMES)}"
             if name in self.live:
+                self.live.discard(name)  # first: it may be gone although the answer was not waited for
                 await self._api.delete(ONLINE_TRAINING_JOBS, name)
-                self.live.discard(name)
             else:
                 await self._api.create(ONLINE_TRAINING_JOBS, run_object(name))
                 self.live.add(name)

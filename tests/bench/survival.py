@@ -91,6 +91,7 @@ async def faults(server: ApiServer, api: Api, options: argparse.Namespace) -> Ro
                 rate_faults, ended_by_faults = between.rate(began), len(operator.ends)
 
                 between.down, away = True, time.monotonic()
+                between.cut()
                 await _churn_for(churn, AWAY_SECONDS)
                 rate_away = between.rate(away)
                 between.down, between.error_share, between.cut_seconds = False, 0.0, None
@@ -130,13 +131,11 @@ async def _missed_deletions(api: Api, between: Proxy, operator: Supervised, chur
     for name in list(churn.live)[:10]:
         await api.delete(ONLINE_TRAINING_JOBS, name)
         churn.live.discard(name)
-    left = len(churn.live)
+    left = len(await api.list(ONLINE_TRAINING_JOBS))
     await asyncio.sleep(2)
-    between.muted = False
     between.expired = {resource.path() for resource in (ONLINE_TRAINING_JOBS, JOBS, PODS)}
-    between.cut_seconds = 0.1
-    await asyncio.sleep(0.5)
-    between.cut_seconds = None
+    between.cut()
+    between.muted = False
 
     async def known() -> bool:
         found = await operator.running.metrics()

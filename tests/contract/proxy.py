@@ -3,7 +3,8 @@
     operator --http--> Proxy --https, the operator's own token--> kube-apiserver
 
 Faults are attributes that a test sets while it runs: `error_share` of the calls answered with 409, 429 or 500; watches cut after
-`cut_seconds`; `down`: every connection broken; `muted`: watches stay open and say nothing; `expired`: the next watch of each kind is told 410.
+`cut_seconds`; `down`: every connection is broken; `muted`: watches stay open and say nothing; `expired`: the next watch of each of these
+paths is told 410. `cut()` ends the watches that are open now.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ class Proxy:
         self.down = False
         self.muted = False
         self.expired: set[str] = set()
+        self._watches: set[web.Request] = set()
+
+    def cut(self) -> None:
+        """Break every open watch."""
+        for request in list(self._watches):
+            _break(request)
 
     def writes(self) -> list[Call]:
         """Successful writes of anything but the Lease."""
@@ -88,17 +95,20 @@ class Proxy:
                 self.expired.discard(request.path)
                 await response.write(json.dumps(EXPIRED).encode() + b"\n")
                 return response
-            with suppress(TimeoutError, ConnectionError):
-                async with asyncio.timeout(self.cut_seconds if watch else None):
-                    await self._copy(upstream, response, watch)
-                    return response
-            _break(request)
-            return response
+            if watch:
+                self._watches.add(request)
+            try:
+                with suppress(TimeoutError, ConnectionError):
+                    async with asyncio.timeout(self.cut_seconds if watch else None):
+                        await self._copy(upstream, response, watch)
+                        return response
+                _break(request)
+                return response
+            finally:
+                self._watches.discard(request)
 
     async def _copy(self, upstream: aiohttp.ClientResponse, response: web.StreamResponse, watch: bool) -> None:
         async for chunk in upstream.content.iter_any():
-            if watch and self.down:
-                raise ConnectionResetError
             if not (watch and self.muted):
                 await response.write(chunk)
 

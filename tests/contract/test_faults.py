@@ -68,6 +68,7 @@ async def test_cut_watches_and_refused_calls_delay_jobs_and_lose_none(api: Api, 
 async def test_an_api_server_that_is_away_is_waited_for_without_hammering(api: Api, between: Proxy, operator: Supervised) -> None:
     await until_async("it leads", lambda: _leads(operator), seconds=45)
     between.down, began = True, time.monotonic()
+    between.cut()
     names = await _apply(api, "away")
     await asyncio.sleep(6)
     assert between.rate(began) < CALLS_PER_SECOND
@@ -84,7 +85,8 @@ async def test_deletions_that_no_watch_told_of_are_found_by_the_next_listing(api
         await api.delete(ONLINE_TRAINING_JOBS, name)
     await asyncio.sleep(0.5)
     between.expired = {resource.path() for resource in (ONLINE_TRAINING_JOBS, JOBS, PODS)}
-    between.cut_seconds, between.muted = 0.2, False
+    between.cut()
+    between.muted = False
 
     async def forgotten() -> bool:
         return await _known(operator) <= known - JOBS_AT_ONCE
