@@ -51,12 +51,12 @@ class Proxy:
         self.down = False
         self.muted = False
         self.expired: set[str] = set()
-        self._watches: set[web.Request] = set()
+        self._watches: set[asyncio.Transport] = set()
 
     def cut(self) -> None:
         """Break every open watch."""
-        for request in list(self._watches):
-            _break(request)
+        for transport in list(self._watches):
+            transport.abort()
 
     def writes(self) -> list[Call]:
         """Successful writes of anything but the Lease."""
@@ -95,8 +95,9 @@ class Proxy:
                 self.expired.discard(request.path)
                 await response.write(json.dumps(EXPIRED).encode() + b"\n")
                 return response
-            if watch:
-                self._watches.add(request)
+            transport = request.transport
+            if watch and transport is not None:
+                self._watches.add(transport)
             try:
                 with suppress(TimeoutError, ConnectionError):
                     async with asyncio.timeout(self.cut_seconds if watch else None):
@@ -105,7 +106,8 @@ class Proxy:
                 _break(request)
                 return response
             finally:
-                self._watches.discard(request)
+                if transport is not None:
+                    self._watches.discard(transport)
 
     async def _copy(self, upstream: aiohttp.ClientResponse, response: web.StreamResponse, watch: bool) -> None:
         async for chunk in upstream.content.iter_any():
