@@ -49,7 +49,7 @@ EVERYTHING: Object = {
     "rollout": {"staleness": 2, "stragglerFactor": 3},
     "training": {"learning_rate": 1e-6, "max_steps": 20, "beta": 0.2},
     "accelerate": {"mixedPrecision": "bf16", "strategy": "fsdp2", "config": {"fsdp_offload_params": True}},
-    "lora": {"rank": 4},
+    "lora": {"rank": 4, "sync": "merged"},
     "image": "registry.example/runtime@sha256:1",
     "imagePullPolicy": "Always",
     "resources": {
