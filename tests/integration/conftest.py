@@ -59,7 +59,7 @@ class Generator:
         command = generator_command(self._job, self.config)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *command[1:]],
+                [sys.executable, "-m", "otj_runtime.pod.shim", sys.executable, *command[1:]],  # ends with a test run that is killed
                 env=os.environ | generator_environment(self.config) | {"VLLM_CACHE_ROOT": str(VLLM_CACHE)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
