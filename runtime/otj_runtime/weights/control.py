@@ -184,7 +184,10 @@ class GeneratorControl:
             connection.close()
         if status != 200:
             raise WeightSyncFailed(f"{phase}: the generator answered {method} {route} with {status}: {_brief(text)}", phase=phase)
-        answer = json.loads(text) if text.strip() else {}
+        try:
+            answer = json.loads(text) if text.strip() else {}
+        except ValueError:  # the adapter routes answer in words
+            answer = text
         return answer if isinstance(answer, dict) else {"answer": answer}
 
 
