@@ -41,7 +41,7 @@ async def test_a_reward_that_cannot_be_imported_is_named() -> None:
 
 async def test_a_task_that_does_not_exist_is_no_reward_error() -> None:
     with pytest.raises(DatasetInvalid, match="juggle"):
-        await check_inputs(config_with(dataset=DatasetSpec(task="juggle")))
+        await check_inputs(config_with(dataset=DatasetSpec(task="reasoning_gym/juggle")))
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("{}\n", "no column prompt"), ("prompt\n", "line 1 is no JSON")])
