@@ -87,7 +87,9 @@ class Proxy:
         headers = {name: request.headers[name] for name in PASSED if name in request.headers}
         url = URL(self._server.url + request.raw_path, encoded=True)
         timeout = aiohttp.ClientTimeout(total=None if watch else 60)
-        async with self._session.request(request.method, url, data=await request.read() or None, headers=headers, timeout=timeout) as upstream:
+        async with self._session.request(
+            request.method, url, data=await request.read() or None, headers=headers, timeout=timeout
+        ) as upstream:
             self._note(request, watch, upstream.status)
             response = web.StreamResponse(status=upstream.status, headers={"Content-Type": upstream.content_type})
             await response.prepare(request)
