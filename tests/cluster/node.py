@@ -223,7 +223,8 @@ def _start_kubelet(components: Path) -> None:
         "authentication": {"anonymous": {"enabled": False}, "x509": {"clientCAFile": f"{keys}/ca.crt"}},
         "authorization": {"mode": "AlwaysAllow"},
         "resolvConf": "",
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+        # A full disk must not make the kubelet remove images: nobody could pull them again, not even `pause`.
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "0%", "imagefs.available": "0%"},
         "nodeStatusUpdateFrequency": "2s",  # the GPUs appear with an update; the default of 10 s would be most of the start
         "imageGCHighThresholdPercent": 100,  # an image that was loaded here could not be pulled again
     }
