@@ -89,7 +89,10 @@ def _build_with_buildah(image: Image) -> None:
     run("buildah", *command, "-f", image.dockerfile, ".", cwd=REPOSITORY, timeout_s=BUILD_S)
     replaced = run("buildah", "images", "--quiet", "--filter", "dangling=true", "--filter", f"label={LABEL}").split()
     if replaced:
-        run("buildah", "rmi", *replaced)
+        try:
+            run("buildah", "rmi", *replaced)
+        except ClusterError as error:  # a build that was killed left a container on one of them: that costs disk, not the tests
+            say(f"images that were replaced could not all be removed: {error}")
 
 
 def _base_image() -> str:
