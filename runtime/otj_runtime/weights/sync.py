@@ -112,13 +112,6 @@ class Proof:
         }
 
 
-@dataclass(frozen=True)
-class _Pushed:
-    """What this run brought into the generator last: enough to do it again, and to prove it, without the trainer's weights."""
-
-    ticket: Ticket
-
-
 class WeightSync:
     """The training ranks' way to the generator's weights. Every rank makes one.
 
@@ -152,7 +145,7 @@ class WeightSync:
         self._sequences = prompt_sequences(prompts) or random_sequences(model.config.get_text_config().vocab_size)
         self._ranks: Ranks | None = None
         self._writer: MailboxWriter | None = None
-        self._pushed: _Pushed | None = None
+        self._pushed: Ticket | None = None
         self._scored: Future[TrainerScores] | None = None  # rank 0 only, as the next
         self._asked: Future[list[list[float]]] | None = None
         self._proof: Proof | None = None
@@ -164,7 +157,7 @@ class WeightSync:
     @property
     def version(self) -> int | None:
         """The version that was pushed last; None before the first."""
-        return None if self._pushed is None else self._pushed.ticket.version
+        return None if self._pushed is None else self._pushed.version
 
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`. Collective.
@@ -192,7 +185,7 @@ class WeightSync:
             WeightSyncFailed, MailboxError, GeneratorLost: if the generator could not be asked, or installed again.
         """
         pushed = self._pushed
-        if pushed is None or pushed.ticket.version != version:
+        if pushed is None or pushed.version != version:
             raise WeightSyncFailed(f"proof: version {version} is not the one that was pushed last", phase="proof")
         if self._proof is None:
             began = time.perf_counter()
@@ -214,8 +207,8 @@ class WeightSync:
             raise WeightSyncFailed("reinstall: nothing was pushed yet", phase="reinstall")
         with only_one(self._path.with_suffix(".lock"), deadline_s=2 * RETURN_SECONDS):
             self._wait_returned()
-            if self._control.weight_version() != str(pushed.ticket.version):
-                self._install_again(pushed.ticket)
+            if self._control.weight_version() != str(pushed.version):
+                self._install_again(pushed)
                 if self._scored is not None:
                     self._compare(pushed, self._control.score(self._sequences))
 
@@ -243,7 +236,7 @@ class WeightSync:
             return SyncReport(version=version, total_s=total, phases=phases.seconds, bytes=sum(written), attempts=attempt)
 
         report = ranks.lead(finish, phase="install")
-        self._pushed, self._proof = _Pushed(ticket=ticket), None
+        self._pushed, self._proof = ticket, None
         if ranks.rank == 0:
             self._scored = self._threads.submit(lambda: scores or self._score())
             self._asked = self._threads.submit(self._control.score, self._sequences)
@@ -320,16 +313,16 @@ class WeightSync:
 
     # -- the proof -------------------------------------------------------------------------------------------------------------
 
-    def _prove(self, pushed: _Pushed) -> Proof:
+    def _prove(self, pushed: Ticket) -> Proof:
         if self._asked is not None:
             asked, self._asked = self._asked, None
             try:
                 return Proof(agreement=self._compare(pushed, asked.result()), again=False)
             except (WeightSyncFailed, WeightsDiverged) as error:
-                logger.warning("proof of policy version %d failed, it is installed again: %s", pushed.ticket.version, error)
+                logger.warning("proof of policy version %d failed, it is installed again: %s", pushed.version, error)
         with only_one(self._path.with_suffix(".lock"), deadline_s=2 * RETURN_SECONDS):
             self._wait_returned()
-            self._install_again(pushed.ticket)
+            self._install_again(pushed)
         return Proof(agreement=self._compare(pushed, self._control.score(self._sequences)), again=True)
 
     def _wait_returned(self) -> None:
@@ -342,8 +335,8 @@ class WeightSync:
         assert self._writer is not None
         self._installer.again(ticket, self._writer.receipts)
 
-    def _compare(self, pushed: _Pushed, scores: list[list[float]]) -> Agreement:
+    def _compare(self, pushed: Ticket, scores: list[list[float]]) -> Agreement:
         assert self._scored is not None
         trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
         dtypes = {trained_in, self._dtype}
-        return compare(self._scored.result(), scores, sequences=self._sequences, version=pushed.ticket.version, dtypes=dtypes)
+        return compare(self._scored.result(), scores, sequences=self._sequences, version=pushed.version, dtypes=dtypes)
