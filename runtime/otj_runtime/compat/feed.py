@@ -21,7 +21,7 @@ import torch
 
 from otj_runtime.api import DType
 from otj_runtime.pod.config import PodConfig
-from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
+from otj_runtime.pod.errors import GeneratorLost
 from otj_runtime.pod.names import SERVED_MODEL
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import WeightSyncFailed
@@ -29,7 +29,6 @@ from otj_runtime.weights.install import Installer, Phases
 from otj_runtime.weights.layout import Layout, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
 from otj_runtime.weights.probe import TrainerScores, compare, prompt_sequences, trainer_scores
-from otj_runtime.weights.sync import RETURN_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +142,7 @@ class Feed:
 
     def _install_again(self) -> None:
         assert self._version is not None
-        try:
-            self._control.wait_healthy(deadline_s=RETURN_SECONDS)
-        except GeneratorNotReady as error:
-            raise GeneratorLost(str(error)) from error
+        self._control.wait_returned()
         if not self._current():
             assert self._ticket is not None
             assert self._writer is not None

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from otj_runtime.api import DType
-from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
 from otj_runtime.weights.composed import available, is_collective, whole
-from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.control import RETURN_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Phases, only_one
 from otj_runtime.weights.probe import Agreement, TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
-from otj_runtime.weights.sync import RETURN_SECONDS, SYNC_SECONDS, Proof, SyncReport
+from otj_runtime.weights.sync import SYNC_SECONDS, Proof, SyncReport
 from otj_runtime.weights.tensors import reshard
 
 logger = logging.getLogger(__name__)
@@ -107,10 +106,7 @@ class AdapterSync:
             raise WeightSyncFailed("reinstall: nothing was pushed yet", phase="reinstall")
         version, folder, scores = self._pushed
         with only_one(self._directory / "adapter.lock", deadline_s=2 * RETURN_SECONDS):
-            try:
-                self._control.wait_healthy(deadline_s=RETURN_SECONDS)
-            except GeneratorNotReady as error:
-                raise GeneratorLost(str(error)) from error
+            self._control.wait_returned()
             if self._control.weight_version() != str(version):
                 self._install(version, folder, Phases())
                 self._compare(version, scores)

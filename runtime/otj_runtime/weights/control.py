@@ -16,7 +16,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from otj_runtime.pod.errors import GeneratorNotReady
+from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
 from otj_runtime.pod.names import SERVED_MODEL
 from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.layout import Ticket
@@ -37,6 +37,9 @@ DEADLINES = {
 step under way, and, where weights have to be packed or quantised again, for that."""
 
 POLL_SECONDS = 0.25
+
+RETURN_SECONDS = 600.0
+"""How long a lost generator may take to answer again: kubelet's back-off plus the start of a large model."""
 
 
 class GeneratorControl:
@@ -80,6 +83,17 @@ class GeneratorControl:
                     "generator; a large model may need a higher generation.readyTimeoutSeconds"
                 )
             time.sleep(POLL_SECONDS)
+
+    def wait_returned(self) -> None:
+        """Return as soon as a generator that may have been lost answers again.
+
+        Raises:
+            GeneratorLost: when `RETURN_SECONDS` have passed, or as soon as it is known that it never will.
+        """
+        try:
+            self.wait_healthy(deadline_s=RETURN_SECONDS)
+        except GeneratorNotReady as error:
+            raise GeneratorLost(str(error)) from error
 
     def vllm_version(self) -> str:
         """Version of the server, such as 0.32.0."""

@@ -35,10 +35,9 @@ from typing import Any
 import torch
 
 from otj_runtime.api import DType
-from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
 from otj_runtime.pod.names import SERVED_MODEL
 from otj_runtime.weights.composed import PolicyTensor, whole
-from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.control import RETURN_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import MailboxError, WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases, only_one
 from otj_runtime.weights.layout import Layout, Ticket
@@ -48,9 +47,6 @@ from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares
 
 logger = logging.getLogger(__name__)
-
-RETURN_SECONDS = 600.0
-"""How long a lost generator may take to answer again: kubelet's back-off plus the start of a large model."""
 
 SYNC_SECONDS = 1800.0
 """How long a rank waits for rank 0 beyond the generator's start: two rounds with every phase near its deadline."""
@@ -206,7 +202,7 @@ class WeightSync:
         if pushed is None:
             raise WeightSyncFailed("reinstall: nothing was pushed yet", phase="reinstall")
         with only_one(self._path.with_suffix(".lock"), deadline_s=2 * RETURN_SECONDS):
-            self._wait_returned()
+            self._control.wait_returned()
             if self._control.weight_version() != str(pushed.version):
                 self._install_again(pushed)
                 if self._scored is not None:
@@ -321,15 +317,9 @@ class WeightSync:
             except (WeightSyncFailed, WeightsDiverged) as error:
                 logger.warning("proof of policy version %d failed, it is installed again: %s", pushed.version, error)
         with only_one(self._path.with_suffix(".lock"), deadline_s=2 * RETURN_SECONDS):
-            self._wait_returned()
+            self._control.wait_returned()
             self._install_again(pushed)
         return Proof(agreement=self._compare(pushed, self._control.score(self._sequences)), again=True)
-
-    def _wait_returned(self) -> None:
-        try:
-            self._control.wait_healthy(deadline_s=RETURN_SECONDS)
-        except GeneratorNotReady as error:
-            raise GeneratorLost(str(error)) from error
 
     def _install_again(self, ticket: Ticket) -> None:
         assert self._writer is not None

@@ -49,7 +49,7 @@ class Versions:
     def weight_version(self) -> str | None:
         return self._versions.pop(0) if len(self._versions) > 1 else self._versions[0]
 
-    def wait_healthy(self, *, deadline_s: float) -> None:
+    def wait_returned(self) -> None:
         self.waited += 1
 
 

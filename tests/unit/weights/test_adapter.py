@@ -34,6 +34,9 @@ class LoadingGenerator:
     def wait_healthy(self, *, deadline_s: float) -> None:
         pass
 
+    def wait_returned(self) -> None:
+        pass
+
     def weight_version(self) -> str:
         return self.version
 
