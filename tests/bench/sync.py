@@ -4,6 +4,9 @@ For each size: a model of random weights as the trainer, a real vLLM with dummy 
 container between them. Then the naive way (copy to the host, safetensors in shared memory, vLLM's reload), and pushes of ours: while the
 generator is idle, and while it decodes 64 sequences. On a GPU both share the card.
 
+With --delta only what changed is sent: float32 weights take steps of 1e-6, as Adam's are at that learning rate, and the generator computes
+in bfloat16. When the log of patches is full a push sends all; the mean of the bytes counts it.
+
 `total` is what the trainer waits for, from the call of push to its return; `paused` is what the generator's engine stands still for;
 `proof` is how long after the push the proof was there, which nothing waits for but the training on what was sampled.
 """
@@ -65,6 +68,7 @@ class Bench:
     repeats: int
     eager: bool
     staging: list[int | None]
+    delta: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -77,37 +81,44 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the generator starts sooner")
     parser.add_argument("--staging", nargs="+", type=float, default=[0], help="limits of the staging buffer in GiB; 0 for none")
+    parser.add_argument("--delta", action="store_true", help="send what changed at a learning rate of 1e-6, instead of all")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     limits = [None if limit == 0 else int(limit * 2**30) for limit in arguments.staging]
-    bench = Bench(device, arguments.repeats, arguments.eager, limits)
+    bench = Bench(device, arguments.repeats, arguments.eager, [None] if arguments.delta else limits, arguments.delta)
     for size in arguments.sizes:
         try:
             measure(bench, size)
         except Exception as error:  # a size that fails must not cost the figures of the others
             print(f"{size}: {error!r}"[:3000], flush=True)
-        report(bench, arguments.json)
+        (report_delta if bench.delta else report)(bench, arguments.json)
 
 
 def measure(bench: Bench, size: str) -> None:
     """Add the rows of one size."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="otj-bench-") as folder:
         config = model_config(size)
-        dtype = DType.BFLOAT16 if bench.device == "cuda" else DType.FLOAT32
+        dtype = DType.BFLOAT16 if bench.device == "cuda" or bench.delta else DType.FLOAT32
         model_path = Path(folder) / "model"
         config.save_pretrained(model_path)
         began = time.monotonic()
         with serving(bench, model_path, dtype, Path(folder)) as pod:
             torch.manual_seed(0)
             with torch.device(bench.device):
-                torch.set_default_dtype(getattr(torch, dtype))
+                torch.set_default_dtype(torch.float32 if bench.delta else getattr(torch, dtype))
                 model = Qwen2ForCausalLM(config).eval()
                 torch.set_default_dtype(torch.float32)
             control = GeneratorControl(pod.generator_url)
             weights = sum(tensor.numel() for tensor in policy_tensors(model).values()) * getattr(torch, dtype).itemsize
             for limit in (limit for limit in bench.staging if limit is None or limit < weights):
                 sync = WeightSync(
-                    model=model, directory=Path(pod.mailbox), control=control, dtype=dtype, prompts=[PROMPT], staging_bytes=limit
+                    model=model,
+                    directory=Path(pod.mailbox),
+                    control=control,
+                    dtype=dtype,
+                    prompts=[PROMPT],
+                    staging_bytes=limit,
+                    delta=bench.delta,
                 )
                 first = sync.push(0)
                 start = time.monotonic() - began
@@ -118,7 +129,7 @@ def measure(bench: Bench, size: str) -> None:
                 with decoding(pod.generator_url):
                     row["busy"] = pushes(bench, sync, model, version=200)
                 bench.rows.append(row)
-                if limit is None and weights < NAIVE_BYTES:
+                if limit is None and weights < NAIVE_BYTES and not bench.delta:
                     row["naive_s"] = min(naive(pod, model, Path(folder)) for _ in range(2))
                 print(json.dumps(row), flush=True)
         del model
@@ -132,8 +143,11 @@ def pushes(bench: Bench, sync: WeightSync, model: Any, *, version: int) -> dict[
     parameters = list(policy_tensors(model).values())
     for repeat in range(bench.repeats + 2):
         with torch.no_grad():
-            for parameter in parameters[repeat % 7 :: 7]:
-                parameter.mul_(1 + 0.002 * (repeat % 3 - 1))
+            for parameter in parameters if bench.delta else parameters[repeat % 7 :: 7]:
+                if bench.delta:
+                    parameter.add_(torch.randn_like(parameter).sign_(), alpha=1e-6)
+                else:
+                    parameter.mul_(1 + 0.002 * (repeat % 3 - 1))
         if bench.device == "cuda":
             torch.cuda.synchronize()
         report_ = sync.push(version + repeat)
@@ -149,6 +163,9 @@ def pushes(bench: Bench, sync: WeightSync, model: Any, *, version: int) -> dict[
     return {
         "total_s": statistics.median(totals),
         "total_max_s": max(totals),
+        "bytes": statistics.median(entry.bytes for entry in reports),
+        "bytes_mean": statistics.mean(entry.bytes for entry in reports),
+        "patched": sum(entry.patched for entry in reports),
         "phases": {name: statistics.median(entry.phases.get(name, 0.0) for entry in reports) for name in reports[0].phases},
         "paused_s": statistics.median(entry.phases["paused"] for entry in reports),
         "paused_max_s": max(entry.phases["paused"] for entry in reports),
@@ -268,11 +285,40 @@ def post(url: str, route: str, body: dict[str, Any] | None = None) -> None:
         response.read()
 
 
-def report(bench: Bench, path: Path | None) -> None:
-    """The table, the bars and the file."""
-    machine = (
+def machine_name(bench: Bench) -> str:
+    """What the figures are of."""
+    return (
         torch.cuda.get_device_name() if bench.device == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     )
+
+
+def report_delta(bench: Bench, path: Path | None) -> None:
+    """As `report`, of pushes that send what changed."""
+    machine = machine_name(bench)
+    print(f"\ndelta sync on {machine}, torch {torch.__version__}, p50 of {bench.repeats}; ms")
+    print("| size | GB | patched | bytes: p50, mean | first | idle: total (max) | paused | decoding: total (max) | paused | proof after |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    passed = {}
+    for row in bench.rows:
+        busy, idle = row["busy"], row["idle"]
+        share, mean = busy["bytes"] / row["bytes"], busy["bytes_mean"] / row["bytes"]
+        print(
+            f"| {row['size']} | {row['bytes'] / 1e9:.3f} | {busy['patched']}/{bench.repeats} | {share:.1%}, {mean:.1%} "
+            f"| {1e3 * row['first_s']:.0f} | {1e3 * idle['total_s']:.1f} ({1e3 * idle['total_max_s']:.1f}) | {1e3 * idle['paused_s']:.1f} "
+            f"| {1e3 * busy['total_s']:.1f} ({1e3 * busy['total_max_s']:.1f}) | {1e3 * busy['paused_s']:.1f} "
+            f"| {1e3 * busy['proof_beside_s']:.1f} |"
+        )
+        print(f"  phases, decoding: { ({name: round(1e3 * seconds, 1) for name, seconds in busy['phases'].items()}) }")
+        passed[f"{row['size']} delta <= 10 % of the bytes"] = share <= 0.1
+        if row["size"] == "1.54B" and bench.device == "cuda":
+            passed["1.54B delta total <= 0.03 s"] = busy["total_s"] <= 0.03
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine, "rows": bench.rows, "passed": passed}, indent=1))
+
+
+def report(bench: Bench, path: Path | None) -> None:
+    """The table, the bars and the file."""
+    machine = machine_name(bench)
     print(f"\nweight sync on {machine}, torch {torch.__version__}, p50 of {bench.repeats}; ms")
     print("| size | GB | staging | naive | first | idle: total | paused | decoding: total (max) | paused (max) | proof after | x naive |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")

@@ -51,19 +51,20 @@ def _load(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
-def _sync(server: Generator, model: Any) -> WeightSync:
+def _sync(server: Generator, model: Any, *, delta: bool = False) -> WeightSync:
     return WeightSync(
-        model=model, directory=Path(server.config.mailbox), control=server.control, dtype=DType.FLOAT32, ready_timeout_s=240.0
+        model=model, directory=Path(server.config.mailbox), control=server.control, dtype=DType.FLOAT32, ready_timeout_s=240.0, delta=delta
     )
 
 
-def _perturb(model: Any, family: str, *, seed: int = 0) -> int:
-    """Change every parameter of a family by about a tenth; return their number."""
+def _perturb(model: Any, family: str, *, seed: int = 0, every: int = 1, by: float = 0.1) -> int:
+    """Change one element of so many of every parameter of a family, by that share of the mean; return the number of parameters."""
     generator = torch.Generator().manual_seed(seed)
     chosen = [parameter for name, parameter in model.named_parameters() if family in name]
     with torch.no_grad():
         for parameter in chosen:
-            parameter.add_(0.1 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
+            noise = by * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+            parameter.view(-1)[::every] += noise.view(-1)[::every]
     return len(chosen)
 
 
@@ -183,6 +184,28 @@ def test_a_restarted_generator_gets_the_current_version_back_from_the_mailbox(ti
     sync.reinstall()  # nothing to do
     sync.push(61)
     assert _proven(sync, 61) <= EXACT_BOUND
+
+
+def test_deltas_arrive_as_whole_weights_do_and_come_back_after_a_restart(tied_server: Generator) -> None:
+    model = _load(tied_server.model)
+    sync = _sync(tied_server, model, delta=True)
+    whole = sync.push(80)
+    for version, family in enumerate(["embed_tokens", "norm", "q_proj", "down_proj"], start=81):
+        before = tied_server.control.score(SEQUENCES)
+        _perturb(model, family, every=40, by=4.0)
+        report = sync.push(version)
+        assert (report.attempts, report.patched) == (1, True)
+        assert report.bytes <= whole.bytes / 10
+        assert _proven(sync, version) <= EXACT_BOUND
+        assert _largest_difference(before, tied_server.control.score(SEQUENCES)) > 5 * EXACT_BOUND, family
+    tied_server.control.init_transfer(str(Path(tied_server.config.mailbox) / "policy.mailbox"), None)  # as a restart: it knows nothing
+    tied_server.control.label(0)
+    sync.reinstall()
+    assert tied_server.control.weight_version() == "84"
+    _perturb(model, "proj")
+    report = sync.push(85)
+    assert (report.attempts, report.patched) == (1, False)  # too many changes
+    assert _proven(sync, 85) <= EXACT_BOUND
 
 
 def test_an_absent_generator_fails_the_push_after_its_deadline(tied_model: Path, tmp_path: Path) -> None:

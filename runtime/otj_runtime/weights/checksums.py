@@ -86,8 +86,8 @@ class Checksums:
                 self._programs,
                 self.sums,
                 first,
-                _triton(self._source),
-                _triton(self._dtype),
+                triton_dtype(self._source),
+                triton_dtype(self._dtype),
                 self._dtype.itemsize == 4,
                 BLOCK,
             )
@@ -108,7 +108,7 @@ def reference(tensor: torch.Tensor) -> int:
     return int((bits * mixed).sum()) % 2**64
 
 
-def _triton(dtype: torch.dtype) -> Any:
+def triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

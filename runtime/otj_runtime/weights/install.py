@@ -76,6 +76,15 @@ class Installer:
         with phases("update"):
             self.control.update(ticket)
 
+    def instead(self, ticket: Ticket, phases: Phases) -> None:
+        """Let the workers stage this ticket's version in place of the one that `begin` named.
+
+        Raises:
+            WeightSyncFailed: naming the phase.
+        """
+        with phases("update"):
+            self.control.update(ticket)
+
     def open(self) -> None:
         """Open the next update, which may be done long before it; if one is open still, of a trainer that is gone or a sync that failed,
         give that up first.

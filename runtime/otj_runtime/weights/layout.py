@@ -1,13 +1,15 @@
 """The mailbox file, byte by byte. Pure: descriptions and their packing, no I/O.
 
     0                header       magic, format, where everything lies, digest
-    1024, 2048       records      one per slot: version, sequence, digest of the slot's sums, digest
+    512 to 2048      records      four places: version, sequence, digest of the place's sums, slot, patches, digest
     4096             manifest     JSON: name, dtype, shape, offset of each tensor
     after it         receipts     one per worker of the generator: how far it is, see `receipts`
-    after it         sums         per slot and tensor: sequence of the write, checksum of the bytes
+    after it         sums         per place and tensor: sequence of the write, checksum of the bytes
     page aligned     slot 0       the tensors, each aligned to 256 bytes
     page aligned     slot 1
+    page aligned     regions      one per rank that writes patches, see `patch_log`; none where every version is sent whole
 
+A version is either whole, in a slot (places 0 and 1), or a slot and patches on top of it (places 2 and 3, in turn).
 Numbers are little endian. Digests, and the tensors' checksums on a CPU, are XXH3-64: 25 ms for 538 MB on one core, where CRC-32
 takes 180 to 490 ms. On a GPU the checksums are those of `checksums`, because the bytes never pass a processor.
 A record counts only if its own digest fits, so a torn record is no record.
@@ -21,6 +23,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import xxhash
@@ -28,23 +31,37 @@ import xxhash
 from otj_runtime.weights.errors import MailboxError
 
 MAGIC = int.from_bytes(b"OTJMBOX\0", "little")
-FORMAT = 2
+FORMAT = 3
 PAGE = 4096
 ALIGNMENT = 256
 SLOTS = 2
+PLACES = 4
+"""Records and tables of checksums: one for each slot, two for patched versions."""
+STEPS = 64
+"""Most patches on top of one slot."""
+STEP_BYTES = PAGE // STEPS
+PATCH_SHARE = 2
+"""The regions hold one byte for so many of a slot. When they are full, the next version is sent whole."""
 SUM_BYTES = 16
 WORKERS = 64
 """Most workers of one generator."""
 RECEIPT_BYTES = 512
 
-_HEADER = struct.Struct("<QQQQQQQQ")  # magic, format, manifest bytes, its digest, sums offset, slots offset, slot bytes, on a GPU
-_RECORD = struct.Struct("<qQQ")  # version, sequence, digest of the sums
+_HEADER = struct.Struct("<QQQQQQQQQ")  # magic, format, manifest bytes, its digest, sums offset, slots offset, slot bytes, on a GPU, regions
+_RECORD = struct.Struct("<qQQQQ")  # version, sequence, digest of the sums, slot, patches
+_STEP = struct.Struct("<QQQQQQ")  # sequence, the one before, offset, blocks, changed elements, digest of the blocks
 _DIGEST = struct.Struct("<Q")
 
 
 def digest(data: bytes | bytearray | memoryview) -> int:
     """XXH3-64 of `data`."""
     return xxhash.xxh3_64_intdigest(data)
+
+
+def tensor_digest(tensor: torch.Tensor) -> int:
+    """XXH3-64 of a flat tensor on the CPU."""
+    data: Any = tensor.view(torch.uint8).numpy()
+    return digest(memoryview(data))
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,10 @@ class TensorEntry:
         """Size in bytes."""
         return self.count * self.torch_dtype.itemsize
 
+    def view(self, slot: torch.Tensor) -> torch.Tensor:
+        """The tensor in the bytes of a slot, which it keeps alive."""
+        return slot[self.offset : self.offset + self.nbytes].view(self.torch_dtype).view(self.shape)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -79,13 +100,15 @@ class Layout:
 
     Attributes:
         on_gpu: whether the tensors' checksums are computed on GPUs.
+        regions: ranks that write patches; 0 where every version is sent whole.
     """
 
     tensors: tuple[TensorEntry, ...]
     on_gpu: bool = False
+    regions: int = 0
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, *, on_gpu: bool = False) -> Layout:
+    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, *, on_gpu: bool = False, regions: int = 0) -> Layout:
         """A layout that holds tensors of these names and shapes in `dtype`."""
         entries = []
         offset = 0
@@ -93,7 +116,7 @@ class Layout:
             entry = TensorEntry(name=name, dtype=str(dtype).removeprefix("torch."), shape=tuple(shape), offset=offset)
             entries.append(entry)
             offset = _aligned(offset + entry.nbytes, ALIGNMENT)
-        return cls(tuple(entries), on_gpu)
+        return cls(tuple(entries), on_gpu, regions)
 
     @cached_property
     def manifest(self) -> bytes:
@@ -117,29 +140,38 @@ class Layout:
 
     @property
     def sums_offset(self) -> int:
-        """Where the sums of slot 0 begin."""
+        """Where the sums of place 0 begin."""
         return self.receipts_offset + WORKERS * RECEIPT_BYTES
 
     @property
     def sums_bytes(self) -> int:
-        """Bytes of one slot's sums."""
+        """Bytes of one place's sums."""
         return len(self.tensors) * SUM_BYTES
 
     @property
     def slots_offset(self) -> int:
         """Where slot 0 begins."""
-        return _aligned(self.sums_offset + SLOTS * self.sums_bytes, PAGE)
+        return _aligned(self.sums_offset + PLACES * self.sums_bytes, PAGE)
+
+    @property
+    def region_bytes(self) -> int:
+        """Bytes of one rank's region: a page of steps, then what they describe."""
+        return PAGE + _aligned(self.slot_bytes // (PATCH_SHARE * self.regions), PAGE) if self.regions else 0
+
+    def region_offset(self, region: int) -> int:
+        """Where a region begins."""
+        return self.slots_offset + SLOTS * self.slot_bytes + region * self.region_bytes
 
     @property
     def file_bytes(self) -> int:
         """Size of the file."""
-        return self.slots_offset + SLOTS * self.slot_bytes
+        return self.region_offset(self.regions)
 
     def head(self) -> bytes:
         """Header and manifest, as they stand at the start of the file; the records between them are empty."""
         manifest = self.manifest
         places = (self.sums_offset, self.slots_offset, self.slot_bytes)
-        fields = (MAGIC, FORMAT, len(manifest), digest(manifest), *places, int(self.on_gpu))
+        fields = (MAGIC, FORMAT, len(manifest), digest(manifest), *places, int(self.on_gpu), self.regions)
         return _sealed(_HEADER.pack(*fields)).ljust(PAGE, b"\0") + manifest
 
     @classmethod
@@ -152,14 +184,14 @@ class Layout:
         fields = _unsealed(data, _HEADER)
         if fields is None or fields[0] != MAGIC:
             raise MailboxError(f"{path} is no mailbox: its header is damaged or missing")
-        _, version, size, expected, sums_offset, slots_offset, slot_bytes, on_gpu = fields
+        _, version, size, expected, sums_offset, slots_offset, slot_bytes, on_gpu, regions = fields
         if version != FORMAT:
             raise MailboxError(f"{path} is a mailbox of format {version}, this runtime reads format {FORMAT}: use one image for both sides")
         manifest = data[PAGE : PAGE + size]
         if digest(manifest) != expected:
             raise MailboxError(f"{path}: the manifest does not fit its checksum")
         entries = (TensorEntry(**(entry | {"shape": tuple(entry["shape"])})) for entry in json.loads(bytes(manifest)))
-        layout = cls(tuple(entries), bool(on_gpu))
+        layout = cls(tuple(entries), bool(on_gpu), regions)
         stated, derived = (sums_offset, slots_offset, slot_bytes), (layout.sums_offset, layout.slots_offset, layout.slot_bytes)
         if stated != derived or len(data) < layout.file_bytes:
             raise MailboxError(f"{path}: {len(data)} bytes laid out as {stated} do not hold what the manifest lists ({derived})")
@@ -173,38 +205,85 @@ class Record:
     version: int
     sequence: int
     sums_digest: int
+    slot: int
+    steps: int
 
     SIZE = _RECORD.size + _DIGEST.size
 
     @staticmethod
-    def offset(slot: int) -> int:
-        """Where the record of `slot` lies. Records are far apart, so that one damaged block cannot hold both."""
-        return PAGE // 4 * (slot + 1)
+    def offset(place: int) -> int:
+        """Where the record of `place` lies. Records are far apart, so that one damaged block cannot hold two."""
+        return PAGE // 8 * (place + 1)
+
+    @property
+    def ticket(self) -> Ticket:
+        """The ticket under which it was written."""
+        return Ticket(version=self.version, slot=self.slot, sequence=self.sequence, steps=self.steps)
 
     def pack(self) -> bytes:
         """The record as it stands in the file."""
-        return _sealed(_RECORD.pack(self.version, self.sequence, self.sums_digest))
+        return _sealed(_RECORD.pack(self.version, self.sequence, self.sums_digest, self.slot, self.steps))
 
     @classmethod
-    def read(cls, data: memoryview, slot: int) -> Record | None:
-        """The record of `slot`, or None if there is no whole one."""
-        fields = _unsealed(data[cls.offset(slot) :], _RECORD)
+    def read(cls, data: memoryview, place: int) -> Record | None:
+        """The record of `place`, or None if there is no whole one."""
+        fields = _unsealed(data[cls.offset(place) :], _RECORD)
         return None if fields is None else cls(*fields)
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """Permission to write one version into one slot; rank 0 draws it and the other ranks write under the same one."""
+    """Permission to write one version; rank 0 draws it and the other ranks write under the same one.
+
+    Attributes:
+        slot: where the version is written whole, or what its patches go on top of.
+        steps: patches on top of the slot, the one to be written included; 0 for a version that is whole.
+    """
 
     version: int
     slot: int
     sequence: int
+    steps: int = 0
+
+    @property
+    def place(self) -> int:
+        """Of its record and its checksums."""
+        return SLOTS + self.steps % 2 if self.steps else self.slot
 
 
-def newest(data: memoryview) -> tuple[int, Record] | None:
-    """Slot and record of the latest publication, or None."""
-    found = [(slot, record) for slot in range(SLOTS) if (record := Record.read(data, slot)) is not None]
-    return max(found, key=lambda pair: pair[1].sequence, default=None)
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of one patch.
+
+    Attributes:
+        sequence, previous: of the version it makes, and of the one it is to be applied to.
+        offset: of its data in the region, behind the page of steps.
+        blocks, changed: lengths of the patch's tensors.
+        digest: of its blocks, which say where elements go: wrong ones must not be followed.
+    """
+
+    sequence: int
+    previous: int
+    offset: int
+    blocks: int
+    changed: int
+    digest: int
+
+    def pack(self) -> bytes:
+        """The step as it stands in the file."""
+        return _sealed(_STEP.pack(self.sequence, self.previous, self.offset, self.blocks, self.changed, self.digest))
+
+    @classmethod
+    def read(cls, data: memoryview) -> Step | None:
+        """The step at the start of `data`, or None if there is no whole one."""
+        fields = _unsealed(data, _STEP)
+        return None if fields is None else cls(*fields)
+
+
+def newest(data: memoryview) -> Record | None:
+    """Record of the latest publication, or None."""
+    found = [record for place in range(PLACES) if (record := Record.read(data, place)) is not None]
+    return max(found, key=lambda record: record.sequence, default=None)
 
 
 def _sealed(packed: bytes) -> bytes:

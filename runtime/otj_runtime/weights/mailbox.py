@@ -3,6 +3,7 @@
     writer (every rank)  begin(version) -> ticket    rank 0: empties the slot that does not hold the latest version
                          write(ticket, tensors)      any rank, any order: casts, copies, notes arrival and checksum per tensor
                          publish(ticket)             rank 0, when all have written: one small record makes the version visible
+                         begin_patch, log.put        instead of the first two: what changed since the latest version, see `patch_log`
     reader               arrived, check_tensor, ...  takes tensors of a version that is still being written, see `staging`
                          reading(version)            checks every digest first, then hands out the tensors
 
@@ -31,7 +32,9 @@ import torch
 
 from otj_runtime.weights.device_write import DeviceWrite
 from otj_runtime.weights.errors import MailboxError
-from otj_runtime.weights.layout import SLOTS, SUM_BYTES, Layout, Record, TensorEntry, Ticket, digest, newest
+from otj_runtime.weights.layout import PLACES, SLOTS, STEPS, SUM_BYTES, Layout, Record, TensorEntry, Ticket, digest, newest, tensor_digest
+from otj_runtime.weights.patch import apply
+from otj_runtime.weights.patch_log import PatchLog
 from otj_runtime.weights.pinned import pin, unpin
 from otj_runtime.weights.receipts import POLL_SECONDS, Receipts
 
@@ -56,6 +59,8 @@ class MailboxWriter:
             raise MailboxError(f"{path} was made for other tensors than this rank's model has: all ranks must load the same model")
         self.layout = layout
         self.receipts = Receipts(self._data, layout)
+        self._slots = [_slot(self._memory, layout, slot) for slot in range(SLOTS)]
+        self.log = PatchLog(self._memory, layout)
         self._index = {entry.name: position for position, entry in enumerate(layout.tensors)}
         self._sequence = 0
         self._device_write: DeviceWrite | None = None
@@ -94,13 +99,33 @@ class MailboxWriter:
         From here on the slot counts as empty, whatever happens to the writers.
         """
         latest = newest(self._data)
-        slot, sequence = (0, 1) if latest is None else (1 - latest[0], latest[1].sequence + 1)
-        # Never one twice: a reader may still wait for what was given up.
-        self._sequence = sequence = max(sequence, self._sequence + 1)
-        self._put(Record.offset(slot), bytes(Record.SIZE))
-        self._put(self._sums_offset(slot), bytes(self.layout.sums_bytes))
+        slot = 0 if latest is None else 1 - latest.slot
+        for place in range(SLOTS, PLACES):  # what was on top of this slot goes with it
+            if (record := Record.read(self._data, place)) is not None and record.slot == slot:
+                self._put(Record.offset(place), bytes(Record.SIZE))
+        return self._empty(Ticket(version=version, slot=slot, sequence=self._next(latest)))
+
+    def begin_patch(self, version: int) -> Ticket:
+        """Prepare for `version` as a patch of the latest one, which stays. Rank 0 only.
+
+        Raises:
+            MailboxError: if there is none, or too many patches are on top of its slot: `begin` starts anew.
+        """
+        latest = newest(self._data)
+        if latest is None or latest.steps == STEPS or not self.layout.regions:
+            raise MailboxError(f"version {version} cannot be a patch: it has to be sent whole")
+        return self._empty(Ticket(version=version, slot=latest.slot, sequence=self._next(latest), steps=latest.steps + 1))
+
+    def _next(self, latest: Record | None) -> int:
+        """A sequence that was never used: a reader may still wait for what was given up."""
+        self._sequence = max(0 if latest is None else latest.sequence, self._sequence) + 1
+        return self._sequence
+
+    def _empty(self, ticket: Ticket) -> Ticket:
+        self._put(Record.offset(ticket.place), bytes(Record.SIZE))
+        self._put(self._sums_offset(ticket.place), bytes(self.layout.sums_bytes))
         self.receipts.clear()
-        return Ticket(version=version, slot=slot, sequence=sequence)
+        return ticket
 
     def write(self, ticket: Ticket, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Copy tensors into the ticket's slot, cast to the mailbox's dtype, and return the number of bytes.
@@ -111,18 +136,26 @@ class MailboxWriter:
         Raises:
             MailboxError: if the layout has no such tensor or another shape.
         """
-        named = ((self._place(name, tensor), tensor) for name, tensor in tensors)
+        named = self.positions(tensors)
         if self._device_write is not None:
             return self._device_write.write(ticket, named)
         return sum(self._write_one(ticket, position, tensor) for position, tensor in named)
 
+    def positions(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The tensors by their position in the layout.
+
+        Raises:
+            MailboxError: if the layout has no such tensor or another shape.
+        """
+        return ((self._place(name, tensor), tensor) for name, tensor in tensors)
+
     def host_view(self, ticket: Ticket, position: int) -> torch.Tensor:
         """The place of a tensor in the ticket's slot."""
-        return _view(self._memory, self.layout, ticket.slot, self.layout.tensors[position])
+        return self.layout.tensors[position].view(self._slots[ticket.slot])
 
     def note(self, ticket: Ticket, position: int, checksum: int | None = None) -> None:
         """Say that a tensor has arrived, with its checksum if that is known already."""
-        offset = self._sums_offset(ticket.slot) + position * SUM_BYTES
+        offset = self._sums_offset(ticket.place) + position * SUM_BYTES
         if checksum is not None:
             self._put(offset + 8, checksum.to_bytes(8, "little"))
         self._put(offset, ticket.sequence.to_bytes(8, "little"))
@@ -130,7 +163,7 @@ class MailboxWriter:
     def _write_one(self, ticket: Ticket, position: int, tensor: torch.Tensor) -> int:
         self.host_view(ticket, position).copy_(tensor.detach())
         entry = self.layout.tensors[position]
-        self.note(ticket, position, digest(_bytes(self._data, self.layout, ticket.slot, entry)))
+        self.note(ticket, position, tensor_digest(self._slots[ticket.slot][entry.offset : entry.offset + entry.nbytes]))
         return entry.nbytes
 
     def _place(self, name: str, tensor: torch.Tensor) -> int:
@@ -148,7 +181,7 @@ class MailboxWriter:
         Raises:
             MailboxError: if a tensor has not been written under this ticket.
         """
-        offset = self._sums_offset(ticket.slot)
+        offset = self._sums_offset(ticket.place)
         sums = bytes(self._data[offset : offset + self.layout.sums_bytes])
         missing = [
             entry.name
@@ -157,11 +190,11 @@ class MailboxWriter:
         ]
         if missing:
             raise MailboxError(f"version {ticket.version} is not whole: {len(missing)} tensors were not written, the first is {missing[0]}")
-        record = Record(version=ticket.version, sequence=ticket.sequence, sums_digest=digest(sums))
-        self._put(Record.offset(ticket.slot), record.pack())
+        record = Record(ticket.version, ticket.sequence, digest(sums), ticket.slot, ticket.steps)
+        self._put(Record.offset(ticket.place), record.pack())
 
-    def _sums_offset(self, slot: int) -> int:
-        return self.layout.sums_offset + slot * self.layout.sums_bytes
+    def _sums_offset(self, place: int) -> int:
+        return self.layout.sums_offset + place * self.layout.sums_bytes
 
     def _put(self, offset: int, data: bytes) -> None:
         self._data[offset : offset + len(data)] = data
@@ -179,6 +212,7 @@ class MailboxReader:
         self._shared = _mapped(path, mmap.ACCESS_WRITE)
         self.layout = Layout.read(memoryview(self._shared), str(path))
         self.receipts = Receipts(memoryview(self._shared), self.layout)
+        self.log = PatchLog(self._shared, self.layout)
         self._memory = self._shared if self.layout.on_gpu else _mapped(path, mmap.ACCESS_COPY)
         self._data = memoryview(self._memory)
         if self.layout.on_gpu:
@@ -191,7 +225,7 @@ class MailboxReader:
     def version(self) -> int | None:
         """The latest version that was published, or None."""
         latest = newest(self._data)
-        return None if latest is None else latest[1].version
+        return None if latest is None else latest.version
 
     # -- while it is being written ---------------------------------------------------------------------------------------------
 
@@ -201,24 +235,27 @@ class MailboxReader:
         Raises:
             MailboxError: if that is not `version`.
         """
-        slot, record = self._expect(version)
-        return Ticket(version=version, slot=slot, sequence=record.sequence)
+        return self._expect(version).ticket
 
     def arrived(self, ticket: Ticket, start: int) -> int:
         """End of the run of tensors, from `start`, that have been written under the ticket."""
         end = start
-        while end < len(self.layout.tensors) and self._sum(ticket.slot, end)[0] == ticket.sequence:
+        while end < len(self.layout.tensors) and self._sum(ticket.place, end)[0] == ticket.sequence:
             end += 1
         return end
 
-    def check_tensor(self, ticket: Ticket, position: int) -> None:
+    def check_tensor(self, ticket: Ticket, position: int, content: torch.Tensor | None = None) -> None:
         """Check a tensor that has arrived.
+
+        Args:
+            content: bytes of a slot, uint8 on the CPU, in which it lies instead of the file.
 
         Raises:
             MailboxError: if it does not fit its checksum.
         """
         entry = self.layout.tensors[position]
-        if digest(_bytes(self._data, self.layout, ticket.slot, entry)) != self._sum(ticket.slot, position)[1]:
+        slot = self.slot_bytes(ticket.slot) if content is None else content
+        if tensor_digest(slot[entry.offset : entry.offset + entry.nbytes]) != self._sum(ticket.place, position)[1]:
             raise self._unfit(entry, ticket.version)
 
     def compare(self, ticket: Ticket, checksums: list[int]) -> None:
@@ -228,7 +265,7 @@ class MailboxReader:
             MailboxError: if one does not fit.
         """
         for position, (entry, checksum) in enumerate(zip(self.layout.tensors, checksums, strict=True)):
-            if self._sum(ticket.slot, position)[1] != checksum:
+            if self._sum(ticket.place, position)[1] != checksum:
                 raise self._unfit(entry, ticket.version)
 
     def await_published(self, ticket: Ticket, *, stopped: Callable[[], bool], deadline_s: float) -> None:
@@ -238,20 +275,20 @@ class MailboxReader:
             MailboxError: if it is not in time, or the table does not fit.
         """
         end = time.monotonic() + deadline_s
-        while (record := Record.read(self._data, ticket.slot)) is None or record.sequence != ticket.sequence:
+        while (record := Record.read(self._data, ticket.place)) is None or record.sequence != ticket.sequence:
             if stopped() or time.monotonic() > end:
                 raise MailboxError(f"{self._path}: version {ticket.version} was not published in {deadline_s:.0f} s")
             time.sleep(POLL_SECONDS)
-        self._check_sums(ticket.slot, record)
+        self._check_sums(record)
 
     def slot_bytes(self, slot: int) -> torch.Tensor:
         """A slot as bytes, in the file's memory."""
-        offset = self.layout.slots_offset + slot * self.layout.slot_bytes
-        return torch.frombuffer(self._memory, dtype=torch.uint8, count=self.layout.slot_bytes, offset=offset)
+        return _slot(self._memory, self.layout, slot)
 
     def tensors(self, slot: int) -> list[torch.Tensor]:
         """The tensors of a slot, in the file's memory."""
-        return [_view(self._memory, self.layout, slot, entry) for entry in self.layout.tensors]
+        content = self.slot_bytes(slot)
+        return [entry.view(content) for entry in self.layout.tensors]
 
     @contextmanager
     def guarding(self, ticket: Ticket) -> Iterator[None]:
@@ -261,7 +298,7 @@ class MailboxReader:
             MailboxError: after the block.
         """
         yield
-        record = Record.read(self._data, ticket.slot)
+        record = Record.read(self._data, ticket.place)
         if record is None or record.sequence != ticket.sequence:
             raise MailboxError(f"{self._path}: version {ticket.version} was overwritten while it was read")
 
@@ -275,31 +312,47 @@ class MailboxReader:
             MailboxError: before the block, if another version or none is there or a checksum does not fit; after it, if a writer
                 took the slot back while it was read.
         """
-        slot, record = self._expect(version)
-        ticket = Ticket(version=version, slot=slot, sequence=record.sequence)
-        self._check_sums(slot, record)
+        record = self._expect(version)
+        ticket = record.ticket
+        self._check_sums(record)
+        content = self.slot_bytes(ticket.slot)
+        if ticket.steps:
+            content = content.clone()
+            for patch in self.log.patches(self.lineage(ticket), done=0, stopped=lambda: True, deadline_s=0.0):
+                apply(patch, content)
         for position in range(len(self.layout.tensors)):
-            self.check_tensor(ticket, position)
+            self.check_tensor(ticket, position, content)
         with self.guarding(ticket):
-            yield [(entry.name, tensor) for entry, tensor in zip(self.layout.tensors, self.tensors(slot), strict=True)]
+            yield [(entry.name, entry.view(content)) for entry in self.layout.tensors]
 
-    def _expect(self, version: int) -> tuple[int, Record]:
+    def lineage(self, ticket: Ticket) -> list[int]:
+        """Sequences of the versions that lead to the ticket's by patches, from the one in its slot to its own.
+
+        Raises:
+            MailboxError: if something on the way is missing or damaged.
+        """
+        base = Record.read(self._data, ticket.slot)
+        if base is None:
+            raise MailboxError(f"{self._path}: version {ticket.version} is a patch of nothing: it has to be sent whole")
+        return self.log.lineage(ticket, base.sequence)
+
+    def _expect(self, version: int) -> Record:
         latest = newest(self._data)
         if latest is None:
             raise MailboxError(f"{self._path} holds no published version, {version} was asked for")
-        if latest[1].version != version:
-            raise MailboxError(f"{self._path} holds version {latest[1].version}, {version} was asked for")
+        if latest.version != version:
+            raise MailboxError(f"{self._path} holds version {latest.version}, {version} was asked for")
         return latest
 
-    def _sum(self, slot: int, position: int) -> tuple[int, int]:
-        found: tuple[int, int] = _SUM.unpack_from(self._data, self._sums_offset(slot) + position * SUM_BYTES)
+    def _sum(self, place: int, position: int) -> tuple[int, int]:
+        found: tuple[int, int] = _SUM.unpack_from(self._data, self._sums_offset(place) + position * SUM_BYTES)
         return found
 
-    def _sums_offset(self, slot: int) -> int:
-        return self.layout.sums_offset + slot * self.layout.sums_bytes
+    def _sums_offset(self, place: int) -> int:
+        return self.layout.sums_offset + place * self.layout.sums_bytes
 
-    def _check_sums(self, slot: int, record: Record) -> None:
-        offset = self._sums_offset(slot)
+    def _check_sums(self, record: Record) -> None:
+        offset = self._sums_offset(record.ticket.place)
         if digest(self._data[offset : offset + self.layout.sums_bytes]) != record.sums_digest:
             raise MailboxError(f"{self._path}: the checksums of version {record.version} do not fit its record")
 
@@ -315,19 +368,7 @@ def _mapped(path: Path, access: int) -> mmap.mmap:
         raise MailboxError(f"cannot open the weights mailbox {path}: {error}") from error
 
 
-def _slot_offset(layout: Layout, slot: int, entry: TensorEntry) -> int:
-    assert 0 <= slot < SLOTS
-    return layout.slots_offset + slot * layout.slot_bytes + entry.offset
-
-
-def _bytes(data: memoryview, layout: Layout, slot: int, entry: TensorEntry) -> memoryview:
-    offset = _slot_offset(layout, slot, entry)
-    return data[offset : offset + entry.nbytes]
-
-
-def _view(memory: mmap.mmap, layout: Layout, slot: int, entry: TensorEntry) -> torch.Tensor:
-    """The tensor itself, in the file's memory; it keeps the mapping alive."""
-    offset = _slot_offset(layout, slot, entry)
-    if entry.count == 0:
-        return torch.empty(entry.shape, dtype=entry.torch_dtype)
-    return torch.frombuffer(memory, dtype=entry.torch_dtype, count=entry.count, offset=offset).view(entry.shape)
+def _slot(memory: mmap.mmap, layout: Layout, slot: int) -> torch.Tensor:
+    """A slot as bytes, in the file's memory; it keeps the mapping alive."""
+    offset = layout.slots_offset + slot * layout.slot_bytes
+    return torch.frombuffer(memory, dtype=torch.uint8, count=layout.slot_bytes, offset=offset)

@@ -2,6 +2,7 @@
 
     thread   for each tensor, in the layout's order: wait until a trainer has written it -> take it -> check it
              -> wait until the version is published -> compare all checksums -> receipt
+             a version that is a patch: apply it to the version before, in a buffer; without that, to the slot first
     engine   wait(), then install from `tensors`
 
 On a CPU nothing is copied: tensors are taken where they lie, in the mailbox. On a GPU they are copied to a buffer by the copy engine, on a
@@ -23,6 +24,7 @@ from otj_runtime.weights.checksums import Checksums, Piece
 from otj_runtime.weights.errors import MailboxError
 from otj_runtime.weights.layout import Ticket
 from otj_runtime.weights.mailbox import MailboxReader
+from otj_runtime.weights.patch import Patch, apply
 from otj_runtime.weights.plan import Place, ring
 from otj_runtime.weights.receipts import POLL_SECONDS, Receipt, State
 
@@ -47,6 +49,7 @@ class Staging:
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
         self._failure: Exception | None = None
+        self._holds: int | None = None  # sequence of the version that the buffer holds whole
         self.ticket: Ticket | None = None
 
     def begin(self, ticket: Ticket) -> None:
@@ -81,7 +84,10 @@ class Staging:
 
     def _run(self, ticket: Ticket) -> None:
         try:
-            self._stage(ticket)
+            if ticket.steps:
+                self._patch(ticket)
+            else:
+                self._stage(ticket)
             self.reader.await_published(ticket, stopped=self._stopped.is_set, deadline_s=ARRIVAL_SECONDS)
             self._check(ticket)
             self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.STAGED))
@@ -90,9 +96,31 @@ class Staging:
             self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.FAILED, str(error)))
 
     def _stage(self, ticket: Ticket) -> None:
+        """Bring a version near that is whole."""
         raise NotImplementedError
 
     def _check(self, ticket: Ticket) -> None:
+        """Compare what is near with the trainer's checksums."""
+        raise NotImplementedError
+
+    def content(self, ticket: Ticket) -> list[torch.Tensor]:
+        """The layout's tensors of the version that was staged, for a loader."""
+        raise NotImplementedError
+
+    def _patch(self, ticket: Ticket) -> None:
+        """Make the ticket's version of the one in the buffer, if patches lead from there, else of the one in the slot."""
+        lineage = self.reader.lineage(ticket)
+        done = lineage.index(self._holds) if self._holds in lineage else None
+        self._holds = None
+        if done is None:
+            self._take_slot(self.reader.slot_bytes(ticket.slot))
+        for patch in self.reader.log.patches(lineage, done=done or 0, stopped=self._stopped.is_set, deadline_s=ARRIVAL_SECONDS):
+            self._apply(patch)
+
+    def _take_slot(self, slot: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _apply(self, patch: Patch) -> None:
         raise NotImplementedError
 
     def _arrived(self, ticket: Ticket, index: int) -> int:
@@ -109,7 +137,9 @@ class Staging:
 
 
 class HostStaging(Staging):
-    """Tensors taken where they lie in the mailbox; each is checked as it arrives."""
+    """Tensors taken where they lie in the mailbox, each checked as it arrives; those of a patched version from a buffer."""
+
+    _buffer = torch.empty(0, dtype=torch.uint8)
 
     def _stage(self, ticket: Ticket) -> None:
         index = 0
@@ -120,7 +150,22 @@ class HostStaging(Staging):
             index = end
 
     def _check(self, ticket: Ticket) -> None:
-        """Nothing more: each tensor was checked, and `await_published` has checked the table of checksums."""
+        """Of a whole version each tensor was checked, and `await_published` has checked the table of checksums."""
+        if ticket.steps:
+            for position in range(len(self.reader.layout.tensors)):
+                self.reader.check_tensor(ticket, position, self._buffer)
+            self._holds = ticket.sequence
+
+    def content(self, ticket: Ticket) -> list[torch.Tensor]:
+        if ticket.steps:
+            return [entry.view(self._buffer) for entry in self.reader.layout.tensors]
+        return self.reader.tensors(ticket.slot)
+
+    def _take_slot(self, slot: torch.Tensor) -> None:
+        self._buffer = slot.clone()
+
+    def _apply(self, patch: Patch) -> None:
+        apply(patch, self._buffer)
 
 
 class DeviceStaging(Staging):
@@ -136,6 +181,8 @@ class DeviceStaging(Staging):
         self._device = device
         sizes = [entry.nbytes for entry in layout.tensors]
         self.partial = limit is not None and limit < layout.slot_bytes
+        if self.partial and layout.regions:
+            raise MailboxError("patches need all weights staged: set no limit of staging_bytes, or send every version whole")
         capacity = limit if limit is not None and self.partial else layout.slot_bytes
         self.places = ring(sizes, capacity) if self.partial else [Place(entry.offset, 0) for entry in layout.tensors]
         self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
@@ -170,6 +217,7 @@ class DeviceStaging(Staging):
 
     def _stage(self, ticket: Ticket) -> None:
         torch.cuda.set_device(self._device)
+        self._holds = None
         tensors = self.reader.layout.tensors
         host = self.reader.slot_bytes(ticket.slot)
         self._sum_stream.wait_stream(torch.cuda.default_stream(self._device))
@@ -225,7 +273,25 @@ class DeviceStaging(Staging):
         return end
 
     def _check(self, ticket: Ticket) -> None:
+        if ticket.steps:
+            with torch.cuda.stream(self._stream):
+                self._sums.compute()
+            self._stream.synchronize()
         self.reader.compare(ticket, [value % 2**64 for value in self._sums.sums.tolist()])
+        self._holds = None if self.partial else ticket.sequence
+
+    def content(self, ticket: Ticket) -> list[torch.Tensor]:
+        return self.tensors if ticket.steps else self.reader.tensors(ticket.slot)
+
+    def _take_slot(self, slot: torch.Tensor) -> None:
+        torch.cuda.set_device(self._device)
+        with torch.cuda.stream(self._stream):
+            self.buffer.copy_(slot, non_blocking=True)
+
+    def _apply(self, patch: Patch) -> None:
+        torch.cuda.set_device(self._device)
+        with torch.cuda.stream(self._stream):
+            apply(Patch(*(part.to(self._device, non_blocking=True) for part in patch.parts)), self.buffer)
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """The runs of tensors, each as soon as the current stream may read it. After each, call `installed`."""

@@ -3,7 +3,8 @@
 One push, on every rank at once:
 
     rank 0                                      every rank                              the generator's workers
-    begin: empties a slot of the mailbox
+    begin: empties a slot of the mailbox, or
+    none where only changes are to be sent
     update: the workers may stage               write: its share, cast to the           stage what arrives, beside decoding
                                                 generator's dtype
                                                 barrier
@@ -40,13 +41,17 @@ from otj_runtime.weights.composed import PolicyTensor, whole
 from otj_runtime.weights.control import RETURN_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import MailboxError, WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases, only_one
-from otj_runtime.weights.layout import Layout, Ticket
+from otj_runtime.weights.layout import STEPS, Layout, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
+from otj_runtime.weights.patch_write import PatchWrite
 from otj_runtime.weights.probe import Agreement, TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares
 
 logger = logging.getLogger(__name__)
+
+DENSE_PUSHES = 16
+"""Versions that are sent whole after one that had changed too much for a patch."""
 
 SYNC_SECONDS = 1800.0
 """How long a rank waits for rank 0 beyond the generator's start: two rounds with every phase near its deadline."""
@@ -62,6 +67,7 @@ class SyncReport:
         phases: seconds by phase, of rank 0, of the attempt that succeeded; `paused` is what generation stood still for.
         bytes: bytes written by all ranks.
         attempts: 1, or 2 if the first failed.
+        patched: whether only what had changed was sent.
     """
 
     version: int
@@ -69,6 +75,7 @@ class SyncReport:
     phases: dict[str, float]
     bytes: int
     attempts: int
+    patched: bool = False
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -79,6 +86,7 @@ class SyncReport:
             "sync/bytes": float(self.bytes),
             "sync/gb_per_s": self.bytes / 1e9 / max(total, 1e-9),
             "sync/attempts": float(self.attempts),
+            "sync/patched": float(self.patched),
             **{f"sync/{name}_s": seconds for name, seconds in self.phases.items()},
         }
 
@@ -119,6 +127,10 @@ class WeightSync:
         ready_timeout_s: how long the generator may take to start, in seconds.
         prompts: token ids of prompts of the run, the same on every rank, for the probe; without any, it is made of random tokens.
         staging_bytes: what staging may take of the generator's GPU memory; None for as much as the weights have.
+        delta: send what changed since the version before, where that is less.
+
+    Raises:
+        ValueError: if `delta` and `staging_bytes` are given both: a patch goes on top of a whole version.
     """
 
     def __init__(
@@ -131,7 +143,10 @@ class WeightSync:
         ready_timeout_s: float = RETURN_SECONDS,
         prompts: Iterable[list[int]] = (),
         staging_bytes: int | None = None,
+        delta: bool = False,
     ) -> None:
+        if delta and staging_bytes is not None:
+            raise ValueError("delta goes without staging_bytes: a patch is applied to a whole version, so all of it must be staged")
         self._model = model
         self._path = directory / f"{SERVED_MODEL}.mailbox"
         self._control = control
@@ -141,6 +156,9 @@ class WeightSync:
         self._sequences = prompt_sequences(prompts) or random_sequences(model.config.get_text_config().vocab_size)
         self._ranks: Ranks | None = None
         self._writer: MailboxWriter | None = None
+        self._delta = delta
+        self._patches: PatchWrite | None = None
+        self._whole_for = 1  # pushes that are sent whole before a patch is tried
         self._pushed: Ticket | None = None
         self._scored: Future[TrainerScores] | None = None  # rank 0 only, as the next
         self._asked: Future[list[list[float]]] | None = None
@@ -169,6 +187,7 @@ class WeightSync:
             logger.warning("sync of policy version %d failed and is made again: %s", version, error)
             self._installer.forget()
             self._answered = False
+            self._whole_for = 1
             return self._attempt(version, began, attempt=2)
 
     def proven(self, version: int) -> Proof:
@@ -219,7 +238,14 @@ class WeightSync:
             writer, ticket = self._begin(ranks, tensors, version, phases)
         opening = self._later(self._installer.begin, ticket, phases) if ranks.rank == 0 else None
         with phases("write"):
-            written, scores = self._write(ranks, writer, ticket, tensors)
+            written = self._write(ranks, writer, ticket, tensors)
+            if written is None:  # the patch is no use
+                ticket = ranks.lead(lambda: writer.begin(version), phase="begin")
+                opening = self._later(self._installer.instead, ticket, phases) if opening is not None else None
+                written = self._write(ranks, writer, ticket, tensors)
+            assert written is not None
+            # The forward of a sharded model takes all ranks.
+            scores = self._score() if is_sharded(tensors) else None
         reshard(self._model)
 
         def finish() -> SyncReport:
@@ -229,7 +255,7 @@ class WeightSync:
                 writer.publish(ticket)
             self._installer.end(ticket, writer.receipts, phases)
             total = time.perf_counter() - began
-            return SyncReport(version=version, total_s=total, phases=phases.seconds, bytes=sum(written), attempts=attempt)
+            return SyncReport(version, total, phases.seconds, sum(written), attempt, patched=ticket.steps > 0)
 
         report = ranks.lead(finish, phase="install")
         self._pushed, self._proof = ticket, None
@@ -260,7 +286,7 @@ class WeightSync:
         """The writer of this rank and the ticket of all. Rank 0 makes the file at first."""
         shapes = ((name, tuple(tensor.shape)) for name, tensor in tensors.items())
         on_gpu = next(self._model.parameters()).device.type == "cuda"
-        layout = Layout.of(shapes, getattr(torch, self._dtype), on_gpu=on_gpu)
+        layout = Layout.of(shapes, getattr(torch, self._dtype), on_gpu=on_gpu, regions=ranks.size if self._delta else 0)
 
         def draw() -> Ticket:
             if self._writer is None:
@@ -269,7 +295,9 @@ class WeightSync:
                 with phases("wait"):
                     self._control.wait_healthy(deadline_s=self._ready_timeout_s)
                 self._answered = True
-            return self._writer.begin(version)
+            if self._whole_for or self._pushed is None or self._pushed.steps == STEPS:
+                return self._writer.begin(version)
+            return self._writer.begin_patch(version)
 
         def follow() -> MailboxWriter:
             if self._writer is None:
@@ -281,14 +309,24 @@ class WeightSync:
             ranks.together(lambda: follow() and None, phase="begin")
         return follow(), ticket
 
-    def _write(
-        self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]
-    ) -> tuple[list[int], TrainerScores | None]:
-        """Write this rank's share; score the probe as well if that takes all ranks, as the forward of a sharded model does."""
-        sharded = is_sharded(tensors)
-        share = self._share(ranks, writer, tensors, sharded)
-        written = ranks.together(lambda: writer.write(ticket, share), phase="write")
-        return written, self._score() if sharded else None
+    def _write(self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]) -> list[int] | None:
+        """Write this rank's share; return the bytes of each rank, None if the version cannot be a patch."""
+        share = self._share(ranks, writer, tensors, is_sharded(tensors))
+        if not self._delta:
+            return ranks.together(lambda: writer.write(ticket, share), phase="write")
+        if self._patches is None:
+            self._patches = PatchWrite(writer, ranks.rank)
+        patches = self._patches
+        if ticket.steps:
+            found = ranks.together(lambda: patches.write(ticket, share), phase="write")
+            written = [size for size in found if size is not None]
+            if len(written) == ranks.size:
+                return written
+            # On a log that is empty the changes are too many, and will be; on another they may fit next time.
+            self._whole_for = DENSE_PUSHES if ticket.steps == 1 else 1
+            return None
+        self._whole_for = max(self._whole_for - 1, 0)
+        return ranks.together(lambda: writer.write(ticket, patches.remember(ticket, share)), phase="write")
 
     def _score(self) -> TrainerScores:
         """The trainer's half of the probe. How much the generator's dtype changes it is measured at the first push only."""

@@ -5,7 +5,7 @@ vLLM finds `register` through the entry point group `vllm.general_plugins` and c
 
     init_transfer_engine  {"path", "staging_bytes"}   opens the mailbox and pins it
     start_weight_update                               nothing
-    update_weights        {"version", "sequence", "slot"}   begins to stage that version and returns, while decoding goes on; with the
+    update_weights        {"version", "sequence", "slot", "steps"}   begins to stage that version and returns, while decoding goes on; with the
                                                       version alone, the latest in the mailbox
     finish_weight_update                              waits until all is staged and checked, then installs it: the only phase that
                                                       changes the model, to be called between two engine steps
@@ -86,6 +86,7 @@ class MailboxUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     version: int
     sequence: int | None = None
     slot: int | None = None
+    steps: int = 0
 
 
 class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -138,7 +139,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         if update_info.sequence is None or update_info.slot is None:
             ticket = staging.reader.latest(update_info.version)
         else:
-            ticket = Ticket(version=update_info.version, slot=update_info.slot, sequence=update_info.sequence)
+            ticket = Ticket(update_info.version, update_info.slot, update_info.sequence, update_info.steps)
         staging.begin(ticket)
 
     def finish_weight_update(self) -> None:
@@ -158,9 +159,9 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
                 return
             staging.drain()
             if isinstance(staging, DeviceStaging) and self._plain():
-                self._record(staging.reader, ticket)
+                self._record(staging, ticket)
             else:
-                self._reload(staging.reader, ticket)
+                self._reload(staging, ticket)
 
     def shutdown(self) -> None:
         """Stop staging and let go of the mailbox and the buffer."""
@@ -183,10 +184,10 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         }
         return methods <= PLAIN_LAYERS
 
-    def _record(self, reader: MailboxReader, ticket: Ticket) -> None:
-        """Load from the mailbox itself, which pauses longer than a replay, and remember the copies."""
+    def _record(self, staging: Staging, ticket: Ticket) -> None:
+        """Load with the model's own loader, which pauses longer than a replay, and remember the copies."""
         with torch.no_grad():
-            plan = record(self.model.load_weights, reader.layout, reader.tensors(ticket.slot))
+            plan = record(self.model.load_weights, staging.reader.layout, staging.content(ticket))
         torch.cuda.synchronize(self.device)
         self._require_all(plan.loaded, ticket)
         if missed := plan.untouched(self.model):
@@ -214,11 +215,11 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
             staging.installed(end)
         staging.wait()
 
-    def _reload(self, reader: MailboxReader, ticket: Ticket) -> None:
+    def _reload(self, staging: Staging, ticket: Ticket) -> None:
         """Load through vLLM's layerwise reload."""
         # Before the reload opens the layers: it parts tied parameters, and one that is tied has no name of its own to load.
         wanted = {name for name, _ in self.model.named_parameters()}
-        named = zip((entry.name for entry in reader.layout.tensors), reader.tensors(ticket.slot), strict=True)
+        named = zip((entry.name for entry in staging.reader.layout.tensors), staging.content(ticket), strict=True)
         initialize_layerwise_reload(self.model)
         try:
             loaded = self.model.load_weights(iter(named))

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otj_runtime.weights.layout import RECEIPT_BYTES, WORKERS, Layout
+from otj_runtime.weights.layout import RECEIPT_BYTES, STEP_BYTES, WORKERS, Layout, Record
 from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter
 from otj_runtime.weights.receipts import Receipts
 from tests.unit.weights.files import layout, push, read, same, tensors, write_all
+from tests.unit.weights.test_patch import Ranks
 
 
 class Crash(BaseException):
@@ -46,7 +47,7 @@ class CrashingMemory:
 
 def _bytes_of_a_push(writer: MailboxWriter) -> int:
     """Bytes that begin, the checksums and publish store, beside the tensors."""
-    return 2 * 32 + 2 * writer.layout.sums_bytes + WORKERS * RECEIPT_BYTES
+    return 2 * Record.SIZE + 2 * writer.layout.sums_bytes + WORKERS * RECEIPT_BYTES
 
 
 @given(version=st.integers(0, 2), share=st.floats(0, 1), written=st.integers(0, 5))
@@ -71,6 +72,28 @@ def test_a_crash_at_any_byte_leaves_the_previous_version_readable(
     assert same(read(path, version), values)
     values = push(after, version + 3)
     assert same(read(path, version + 3), values)
+
+
+@given(version=st.integers(0, 2), share=st.floats(0, 1))
+@settings(deadline=None, max_examples=100)
+def test_a_crash_at_any_byte_of_a_patch_leaves_the_previous_version_readable(
+    tmp_path_factory: pytest.TempPathFactory, version: int, share: float
+) -> None:
+    trainer = Ranks(tmp_path_factory.mktemp("crash"))
+    trainer.whole(0)
+    for earlier in range(1, version + 1):
+        trainer.change(every=200)
+        assert trainer.patch(earlier) is not None
+    values = trainer.sent
+    (doomed,) = trainer.writers
+    budget = 2 * Record.SIZE + 2 * doomed.layout.sums_bytes + WORKERS * RECEIPT_BYTES + STEP_BYTES - 1
+    crashing = CrashingMemory(doomed._data, int(share * budget))
+    doomed._data = doomed.log._data = crashing  # type: ignore[assignment]
+    doomed.receipts = Receipts(crashing, doomed.layout)  # type: ignore[arg-type]
+    trainer.change(every=200)
+    with pytest.raises(Crash):
+        trainer.patch(version + 1)
+    assert same(read(trainer.path, version), values)
 
 
 _WRITER = """

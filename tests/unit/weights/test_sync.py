@@ -87,7 +87,7 @@ class LoadingGenerator:
             self.lame -= 1
             return 0.0
         names = (entry.name for entry in self.staging.reader.layout.tensors)
-        self.model.load_state_dict(dict(zip(names, self.staging.reader.tensors(self.staging.ticket.slot), strict=True)), strict=False)
+        self.model.load_state_dict(dict(zip(names, self.staging.content(self.staging.ticket), strict=True)), strict=False)
         return 0.001
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -105,15 +105,16 @@ def policy() -> Any:
     return tiny_model(tied=True)
 
 
-def _sync(policy: Any, folder: Path, generator: LoadingGenerator) -> WeightSync:
+def _sync(policy: Any, folder: Path, generator: LoadingGenerator, *, delta: bool = False) -> WeightSync:
     control: Any = generator
-    return WeightSync(model=policy, directory=folder, control=control, dtype=DType.FLOAT32, prompts=SEQUENCES)
+    return WeightSync(model=policy, directory=folder, control=control, dtype=DType.FLOAT32, prompts=SEQUENCES, delta=delta)
 
 
-def _perturb(policy: Any) -> None:
+def _perturb(policy: Any, *, every: int = 1) -> None:
+    """Change one element of so many."""
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.mul_(1.05)
+            parameter.view(-1)[::every] *= 1.05
 
 
 def test_pushes_arrive_bit_by_bit_and_are_proven_and_the_mailbox_is_introduced_once(
@@ -175,3 +176,58 @@ def test_a_proof_is_only_of_what_was_pushed_last(policy: Any, tmp_path: Path, ge
         sync.proven(0)
     with pytest.raises(WeightSyncFailed, match="nothing was pushed yet"):
         sync.reinstall()
+
+
+def test_deltas_arrive_bit_by_bit_and_what_a_delta_cannot_bring_is_sent_whole(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator
+) -> None:
+    sync = _sync(policy, tmp_path, generator, delta=True)
+    whole = sync.push(0).bytes
+    for version, (every, patched) in enumerate([(100, True), (100, True), (1, False)], start=1):
+        _perturb(policy, every=every)
+        report = sync.push(version)
+        assert (report.attempts, report.patched, report.bytes < whole / 10) == (1, patched, patched)
+        assert not sync.proven(version).again
+        assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), generator.model.parameters(), strict=True))
+
+
+def test_a_generator_that_was_restarted_gets_a_version_back_that_was_sent_as_deltas(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator
+) -> None:
+    sync = _sync(policy, tmp_path, generator, delta=True)
+    for version in range(3):
+        sync.push(version)
+        _perturb(policy, every=100)
+    pushed = copy.deepcopy(policy.state_dict())
+    sync.push(3)
+    sync.proven(3)
+    _perturb(policy)
+    generator.restart()
+    sync.reinstall()
+    assert generator.version == "3"
+    assert all(torch.equal(tensor, pushed[name]) for name, tensor in generator.model.state_dict().items())
+    generator.restart()  # and unnoticed: the second attempt sends all
+    report = sync.push(4)
+    assert (report.attempts, report.patched, generator.version) == (2, False, "4")
+
+
+def test_a_delta_that_does_not_fit_its_checksum_is_followed_by_all_weights(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator
+) -> None:
+    sync = _sync(policy, tmp_path, generator, delta=True)
+    sync.push(0)
+    _perturb(policy, every=100)
+    sync.push(1)
+    assert generator.staging is not None
+    assert generator.staging.ticket is not None
+    generator.staging.content(generator.staging.ticket)[0].view(-1)[1] += 1  # an element that the next delta does not bring
+    _perturb(policy, every=100)
+    report = sync.push(2)
+    assert (report.attempts, report.patched) == (2, False)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), generator.model.parameters(), strict=True))
+
+
+def test_a_delta_needs_all_weights_staged(policy: Any, tmp_path: Path, generator: LoadingGenerator) -> None:
+    control: Any = generator
+    with pytest.raises(ValueError, match="delta goes without staging_bytes"):
+        WeightSync(model=policy, directory=tmp_path, control=control, dtype=DType.FLOAT32, staging_bytes=1 << 20, delta=True)

@@ -1,0 +1,49 @@
+"""Runs the GPU's search for changes in Triton's interpreter, on a CPU: python -m tests.unit.weights.interpreted FROM TO.
+
+A process of its own: Triton decides when it is imported whether it interprets. What it finds is compared with what torch finds.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from otj_runtime.weights.changes import DeviceChanges
+from otj_runtime.weights.checksums import reference
+from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.patch import BITS, apply
+
+SHAPES = {"several": (3, 2500), "small": (5,), "exact": (2, 4096), "empty": (0,), "scalar": ()}
+
+
+def main(source: torch.dtype, dtype: torch.dtype) -> None:
+    """Three versions, each a patch of the one before; then one with too many changes."""
+    layout = Layout.of(SHAPES.items(), dtype, on_gpu=True, regions=1)
+    changes = DeviceChanges(layout, torch.device("cpu"))
+    # Numbers that the generator's dtype holds: the interpreter does not round as a GPU does.
+    values = [torch.randn(shape).to(dtype).to(source) for shape in SHAPES.values()]
+    slot = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
+    for position, value in enumerate(values):
+        changes.remember(position, value)
+        layout.tensors[position].view(slot).copy_(value)
+    for version in range(3):
+        for value in values:
+            value.view(-1)[version::37] *= -2
+        found = changes.find(enumerate(values), limit=10**6)
+        assert found is not None
+        apply(found.patch, slot)
+        for position, (entry, value) in enumerate(zip(layout.tensors, values, strict=True)):
+            sent = value.to(dtype).view(-1).view(BITS[dtype.itemsize])
+            assert torch.equal(entry.view(slot).view(-1).view(sent.dtype), sent), (version, entry.name)
+            assert entry.count == 0 or found.checksums[position] == reference(value.to(dtype)), (version, entry.name)
+    for value in values:
+        value *= 2
+    assert changes.find(enumerate(values), limit=10**6) is None
+    found = changes.find(enumerate(values), limit=10**6)
+    assert found is not None
+    assert not len(found.patch.indices), "the snapshot was not brought up to date"
+
+
+if __name__ == "__main__":
+    main(getattr(torch, sys.argv[1]), getattr(torch, sys.argv[2]))
