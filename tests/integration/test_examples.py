@@ -52,7 +52,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("otj-*")}
+    return {path.name for path in Path("/dev/shm").glob("otj-generator-*")}
 
 
 @pytest.mark.parametrize(

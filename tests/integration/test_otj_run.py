@@ -37,11 +37,16 @@ def finish(process: subprocess.Popen[str], *, deadline_s: float) -> str:
     return output
 
 
+def last_step(run_dir: Path) -> int:
+    """The step that was reported last, 0 before the first."""
+    lines, _ = read_metrics(run_dir / "output" / "metrics.jsonl")
+    return lines[-1].step if lines else 0
+
+
 def wait_for_step(run_dir: Path, step: int, *, process: subprocess.Popen[str], deadline_s: float) -> None:
     end = time.monotonic() + deadline_s
     while time.monotonic() < end and process.poll() is None:
-        lines, _ = read_metrics(run_dir / "output" / "metrics.jsonl")
-        if lines and lines[-1].step >= step:
+        if last_step(run_dir) >= step:
             return
         time.sleep(0.5)
     pytest.fail(f"step {step} was not reached within {deadline_s} s; exit code {process.poll()}")
@@ -89,35 +94,42 @@ def test_every_step_is_reported_and_the_model_is_saved(copy_run: tuple[dict[str,
     assert "150/150" in output
 
 
-def test_a_killed_generator_costs_no_step(tmp_path: Path) -> None:
-    process = otj_run("grpo-copy.yaml", tmp_path / "run", "--set", "training.max_steps=12")
-    wait_for_step(tmp_path / "run", 3, process=process, deadline_s=120)
+@pytest.fixture(scope="module")
+def troubled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
+    """A run whose generator is killed, which is then stopped, and goes on: its folder, the step of its checkpoint, the last step."""
+    run_dir = tmp_path_factory.mktemp("troubled") / "run"
+    process = otj_run("grpo-copy.yaml", run_dir, "--set", "training.max_steps=400")
+    wait_for_step(run_dir, 3, process=process, deadline_s=120)
     [generator] = generators_of(process.pid)
     os.killpg(generator, signal.SIGKILL)
-    output = finish(process, deadline_s=240)
+    lost = last_step(run_dir)
+    wait_for_step(run_dir, lost + 3, process=process, deadline_s=180)
+    process.send_signal(signal.SIGINT)
+    output = finish(process, deadline_s=90)
+    checkpoints = sorted((run_dir / "output").glob("checkpoint-*"))
+    assert len(checkpoints) == 1, output[-5000:]
+    step = checkpoint_step(checkpoints[0])
+    assert step is not None
+    process = otj_run("grpo-copy.yaml", run_dir, "--set", f"training.max_steps={step + 3}")
+    output = finish(process, deadline_s=180)
     assert process.returncode == 0, output[-5000:]
-    lines, _ = read_metrics(tmp_path / "run" / "output" / "metrics.jsonl")
-    assert [line.step for line in lines if line.metrics] == list(range(1, 13))
+    return run_dir, step, step + 3
+
+
+@pytest.mark.xdist_group("otj_run_troubled")
+def test_a_stopped_run_goes_on_from_the_checkpoint_it_saved(troubled_run: tuple[Path, int, int]) -> None:
+    run_dir, _, last = troubled_run
+    lines, _ = read_metrics(run_dir / "output" / "metrics.jsonl")
+    assert [line.step for line in lines if line.metrics] == list(range(1, last + 1))
+
+
+@pytest.mark.xdist_group("otj_run_troubled")
+def test_a_killed_generator_costs_no_step_and_comes_back_with_the_current_weights(troubled_run: tuple[Path, int, int]) -> None:
+    lines, _ = read_metrics(troubled_run[0] / "output" / "metrics.jsonl")
     assert max(line.metrics["sampling/sampling_logp_difference/max"] for line in lines if line.metrics) < 1e-3
 
 
-def test_a_stopped_run_saves_a_checkpoint_and_the_next_one_goes_on_from_it(tmp_path: Path) -> None:
-    options = ("--set", "training.max_steps=400")
-    process = otj_run("grpo-copy.yaml", tmp_path / "run", *options)
-    wait_for_step(tmp_path / "run", 5, process=process, deadline_s=120)
-    process.send_signal(signal.SIGINT)
-    finish(process, deadline_s=90)
-    checkpoints = sorted((tmp_path / "run" / "output").glob("checkpoint-*"))
-    assert len(checkpoints) == 1
-    step = checkpoint_step(checkpoints[0])
-    assert step is not None
-    process = otj_run("grpo-copy.yaml", tmp_path / "run", "--set", f"training.max_steps={step + 3}")
-    output = finish(process, deadline_s=180)
-    assert process.returncode == 0, output[-5000:]
-    lines, _ = read_metrics(tmp_path / "run" / "output" / "metrics.jsonl")
-    assert [line.step for line in lines if line.metrics] == list(range(1, step + 4))
-
-
+@pytest.mark.xdist_group("otj_run_bad_input")
 @pytest.mark.parametrize(
     ("change", "reason", "words", "deadline_s"),
     [
@@ -125,7 +137,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_the_next_one_goes_on_from_it(tmp_p
         ("model={path: /no/such/model}", "ModelNotFound", "/no/such/model", 60),
         ("dataset={path: /no/such/file.jsonl}", "DatasetInvalid", "/no/such/file.jsonl", 60),
         # Only transformers knows its schedulers, so the ranks must have imported it, beside a vLLM that starts.
-        ("training.lr_scheduler_type=zigzag", "InvalidSpec", "zigzag", 180),
+        pytest.param("training.lr_scheduler_type=zigzag", "InvalidSpec", "zigzag", 180, marks=pytest.mark.nightly),
     ],
 )
 def test_bad_input_ends_soon_with_its_own_reason(tmp_path: Path, change: str, reason: str, words: str, deadline_s: float) -> None:

@@ -167,6 +167,7 @@ def test_a_request_in_flight_is_finished_with_the_new_weights(tied_server: Gener
         assert set(seen) <= {50, *versions}
 
 
+@pytest.mark.nightly  # test_otj_run.py has a run whose generator is killed; here are the corners
 def test_a_restarted_generator_gets_the_current_version_back_from_the_mailbox(tied_server: Generator) -> None:
     model = _load(tied_server.model)
     _perturb(model, "proj", seed=60)

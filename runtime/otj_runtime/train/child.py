@@ -148,7 +148,7 @@ class ChildGenerator:
     """
 
     def __init__(self, plan: ServerPlan, *, model: Any, tokenizer: Any, output: Path) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="otj-", dir=SHARED_MEMORY))
+        self._folder = Path(tempfile.mkdtemp(prefix="otj-generator-", dir=SHARED_MEMORY))
         described = self._folder / "model"
         _describe_model(model, tokenizer, described)
         self.generator = Generator(
