@@ -36,7 +36,8 @@ FAMILIES = ["embed_tokens", "norm", "q_proj", "k_proj", "v_proj", "o_proj", "gat
 SEQUENCES = random_sequences(VOCABULARY)
 
 
-@pytest.fixture(params=["tied", "untied"])
+# The runs of test_otj_run.py have an untied output layer, proven at every sync.
+@pytest.fixture(params=["tied", pytest.param("untied", marks=pytest.mark.nightly)])
 def server(request: pytest.FixtureRequest, generator: Callable[..., Generator]) -> Generator:
     """A generator of a model with and without tied embeddings."""
     return generator(request.getfixturevalue(f"{request.param}_model"))
