@@ -51,6 +51,7 @@ class Controller:
             self._cache,
             image=settings.runtime_image,
             report_of=self._puller.report_of,
+            silent_since=self._puller.silent_since,
             teller=self._teller,
             metrics=metrics,
             wrote=self._owes,

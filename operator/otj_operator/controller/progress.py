@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 
 import aiohttp
 from pydantic import ValidationError
@@ -25,7 +26,6 @@ from otj_runtime.pod.metrics import LauncherReport
 logger = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 64 * 1024
-
 
 KEPT_SECONDS = 30.0
 """A connection is kept so long for the next pull; later ones are made anew, for the launchers of thousands of jobs."""
@@ -46,13 +46,22 @@ class ProgressPuller:
         self._queue: KeyedQueue[Key] = KeyedQueue(first_delay=settings.progress_seconds)
         self._targets: dict[Key, PollTarget] = {}
         self._reports: dict[Key, Report] = {}
+        self._unanswered: dict[Key, datetime] = {}
 
     def report_of(self, key: Key) -> Report | None:
         """The last report of the launcher of `key`."""
         return self._reports.get(key)
 
+    def silent_since(self, key: Key) -> datetime | None:
+        """Since when the launcher of `key` has not answered, if that is too long."""
+        since = self._unanswered.get(key)
+        long = timedelta(seconds=self._settings.silent_seconds)
+        return since if since is not None and datetime.now(UTC) - since >= long else None
+
     def follow(self, key: Key, target: PollTarget | None) -> None:
         """Pull from `target` from now on; None ends it, and keeps the last report."""
+        if self._targets.get(key) != target:
+            self._unanswered.pop(key, None)
         if target is None:
             if self._targets.pop(key, None) is not None:
                 self._queue.drop(key)
@@ -84,13 +93,19 @@ class ProgressPuller:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             self._metrics.pulls.labels("failed").inc()
             logger.debug("no progress from %s: %s", target.url, error, extra={"job": key})
-            if key in self._targets:
+            if self._targets.get(key) == target:
+                self._unanswered.setdefault(key, datetime.now(UTC))
                 self._queue.retry(key)
+                if self.silent_since(key) is not None:
+                    self._changed(key)
             return
         self._metrics.pulls.labels("answered").inc()
-        if self._targets.get(key) == target and self._reports.get(key) != report:
-            self._reports[key] = report
-            self._changed(key)
+        if self._targets.get(key) == target:
+            was_silent = self.silent_since(key) is not None
+            self._unanswered.pop(key, None)
+            if was_silent or self._reports.get(key) != report:
+                self._reports[key] = report
+                self._changed(key)
         if key in self._targets:
             self._queue.forget(key)
             self._queue.add_after(key, self._pause())

@@ -40,11 +40,13 @@ class Reconciler:
         *,
         image: str,
         report_of: Callable[[Key], Report | None],
+        silent_since: Callable[[Key], datetime | None],
         teller: Teller,
         metrics: Metrics,
         wrote: Callable[[Resource, Object], None],
     ) -> None:
         self._cluster, self._cache, self._image, self._report_of = cluster, cache, image, report_of
+        self._silent_since = silent_since
         self._teller, self._metrics, self._wrote = teller, metrics, wrote
         self._written: dict[Key, datetime] = {}
         self._told: dict[Key, Told] = {}
@@ -71,6 +73,7 @@ class Reconciler:
             told=self._told.get(key),
             pods=self._cache.pods.of(key),
             report=self._report_of(key),
+            silent_since=self._silent_since(key),
             written_at=self._written.get(key),
         )
         for _ in range(STEPS):

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from otj_operator.plan.observed import JobView, Limits, Observed, Parent
+from otj_operator.plan.children import JobView
+from otj_operator.plan.observed import Observed
+from otj_operator.plan.parent import Limits, Parent
 from otj_operator.plan.steps import Patch, Target
 from otj_runtime.pod.manifest import job_labels, owner_reference
 from otj_runtime.pod.names import MANAGED_BY, SUSPENDED_BY_ANNOTATION

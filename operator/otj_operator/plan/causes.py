@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from otj_operator.plan.observed import ContainerView, JobEnd, PodView
+from otj_operator.plan.children import JobEnd
+from otj_operator.plan.pods import ContainerView, PodView
 from otj_runtime.api import Reason
 from otj_runtime.pod.errors import ExitCode, FailureNote
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from otj_operator.plan.observed import Parent
+from otj_operator.plan.parent import Parent
 from otj_operator.plan.progress import at_rest
 from otj_runtime.api import Condition, ConditionType, OnlineTrainingJobStatus, Progress, Reason
 

@@ -6,8 +6,10 @@ from datetime import datetime
 
 from otj_operator.plan.adjust import adjustment, queued
 from otj_operator.plan.causes import job_cause, pod_cause
+from otj_operator.plan.children import JobView
 from otj_operator.plan.draft import Draft
-from otj_operator.plan.observed import JobView, Observed, PodView
+from otj_operator.plan.observed import Observed
+from otj_operator.plan.pods import PodView
 from otj_operator.plan.progress import at_the_end, merged
 from otj_operator.plan.signs import say_checkpoint, say_running
 from otj_operator.plan.steps import Ask, Patch, PollTarget

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from otj_operator.plan.children import JobView
 from otj_operator.plan.draft import Draft, finished, timestamp
 from otj_operator.plan.events import transitions
 from otj_operator.plan.follow import follow
-from otj_operator.plan.observed import JobView, Observed, Parent, Refusal, RefusalKind
+from otj_operator.plan.observed import Observed, Refusal, RefusalKind
+from otj_operator.plan.parent import Parent
 from otj_operator.plan.steps import Create, Look, PollTarget, Settle, Step
 from otj_runtime.api import KIND, ConditionType, InvalidJobError, Reason, parse_job
 from otj_runtime.pod.manifest import build_job

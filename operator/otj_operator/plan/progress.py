@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from otj_operator.plan.observed import PodView
+from otj_operator.plan.pods import PodView
 from otj_runtime.api import Progress
 from otj_runtime.pod.metrics import LauncherReport
 

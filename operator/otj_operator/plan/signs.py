@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from otj_operator.plan.draft import Draft
-from otj_operator.plan.observed import Observed, Parent, PodView, Report
+from otj_operator.plan.draft import Draft, timestamp
+from otj_operator.plan.observed import Observed, Report
+from otj_operator.plan.parent import Parent
+from otj_operator.plan.pods import PodView
 from otj_operator.plan.waiting import generator_state
 from otj_runtime.api import ConditionType, Reason
 
@@ -24,12 +26,15 @@ def say_running(draft: Draft, observed: Observed, pod: PodView) -> None:
         # This process has not asked the launcher yet, an earlier one has: its words stand.
         for kind in (ConditionType.RUNNING, ConditionType.PROGRESSING, ConditionType.WEIGHTS_IN_SYNC):
             draft.keep(kind)
-        return
-    training = report is not None and report.body.phase != "starting"
-    silent = "The trainer container runs; its launcher has not answered yet." if report is None else ""
-    draft.say(ConditionType.RUNNING, True, Reason.TRAINING if training else Reason.STARTING, silent)
-    _say_progressing(draft, pod, report, silent=silent)
-    _say_weights(draft, pod)
+    else:
+        training = report is not None and report.body.phase != "starting"
+        unheard = "The trainer container runs; its launcher has not answered yet." if report is None else ""
+        draft.say(ConditionType.RUNNING, True, Reason.TRAINING if training else Reason.STARTING, unheard)
+        _say_progressing(draft, pod, report, unheard=unheard)
+        _say_weights(draft, pod)
+    if observed.silent_since is not None:
+        since = f"The launcher of pod {pod.name} has not answered since {timestamp(observed.silent_since)}. "
+        draft.say(ConditionType.PROGRESSING, False, Reason.LAUNCHER_SILENT, since + Reason.LAUNCHER_SILENT.advice)
 
 
 def say_checkpoint(draft: Draft, parent: Parent) -> None:
@@ -47,7 +52,7 @@ def say_checkpoint(draft: Draft, parent: Parent) -> None:
         draft.say(ConditionType.CHECKPOINT_FRESH, True, Reason.CHECKPOINT_SAVED)
 
 
-def _say_progressing(draft: Draft, pod: PodView, report: Report | None, *, silent: str) -> None:
+def _say_progressing(draft: Draft, pod: PodView, report: Report | None, *, unheard: str) -> None:
     if report is not None and report.body.phase != "starting":
         if report.body.overdue:
             draft.say(ConditionType.PROGRESSING, False, Reason.STEP_OVERDUE, report.body.overdue)
@@ -56,7 +61,7 @@ def _say_progressing(draft: Draft, pod: PodView, report: Report | None, *, silen
     elif not pod.generator.ready and not (report is not None and report.body.generator_ready):
         draft.say(ConditionType.PROGRESSING, False, *generator_state(pod.generator))
     else:
-        draft.say(ConditionType.PROGRESSING, False, Reason.STARTING, silent)
+        draft.say(ConditionType.PROGRESSING, False, Reason.STARTING, unheard)
 
 
 def _say_weights(draft: Draft, pod: PodView) -> None:

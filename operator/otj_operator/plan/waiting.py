@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from otj_operator.plan.children import JobView
 from otj_operator.plan.draft import Draft
-from otj_operator.plan.observed import ContainerView, JobView, Observed, PodView, Told
+from otj_operator.plan.observed import Observed, Told
+from otj_operator.plan.pods import ContainerView, PodView
 from otj_runtime.api import ConditionType, Reason
 
 FIRST_ASK_SECONDS = 10.0

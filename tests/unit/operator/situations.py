@@ -23,7 +23,7 @@ from otj_operator.plan import (
     WorkloadView,
     plan,
 )
-from otj_operator.plan.observed import Limits
+from otj_operator.plan.parent import Limits
 from otj_runtime.pod.names import MANAGED_BY, SUSPENDED_BY_ANNOTATION
 from tests.unit.operator.objects import IMAGE, at, ended, job, parent, pod, report, running, told, training_pod, waiting, workload
 
@@ -129,6 +129,7 @@ def _seen(draw: st.DrawFn, status: Object) -> Observed:
         report=draw(
             st.one_of(st.none(), st.builds(report, st.sampled_from([None, 1, 12, 150]), phase=st.sampled_from(["starting", "training"])))
         ),
+        silent_since=draw(st.sampled_from([None, None, at(-90)])),
         refusal=draw(_refusals()),
         workload=draw(_workloads()) if ours else None,
         told=draw(_tolds()),

@@ -8,7 +8,7 @@ import pytest
 
 from otj_operator.plan import PodView
 from otj_operator.plan.causes import job_cause, pod_cause
-from otj_operator.plan.observed import JobEnd
+from otj_operator.plan.children import JobEnd
 from otj_runtime.api import Reason
 from otj_runtime.pod.errors import ExitCode, FailureNote
 from tests.unit.operator.objects import ended, pod, running, training_pod

@@ -314,3 +314,13 @@ def test_transitions_are_told_once_each() -> None:
     assert [(e.type, e.reason) for e in begun.events] == [("Normal", "GeneratorServing"), ("Normal", "Training")]
     failed = settle(Observed(parent=parent(status=TRAINING), job=job(end=("Failed", "DeadlineExceeded"), failed=1)))
     assert [(e.type, e.reason) for e in failed.events] == [("Warning", "DeadlineExceeded")]
+
+
+def test_a_launcher_that_has_long_been_silent_is_the_reason_why_nothing_is_known_to_move() -> None:
+    seen = Observed(parent=parent(status=TRAINING), job=job(active=1), pods=(training_pod(),), report=report(12), silent_since=at(70))
+    silent = status(seen, seconds=140)
+    assert condition(silent, "Progressing") == ("False", "LauncherSilent")
+    assert "has not answered since 2026-01-01T12:01:10Z" in message(silent, "Progressing")
+    assert silent["state"] == "Running"
+    again = status(replace(seen, parent=parent(status=silent), silent_since=None), seconds=150)
+    assert condition(again, "Progressing") == ("True", "Training")

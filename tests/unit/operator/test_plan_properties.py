@@ -229,5 +229,5 @@ class World(RuleBasedStateMachine):
             assert progress["steps"] == f"{progress['step']}/{progress['totalSteps']}"
 
 
-World.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+World.TestCase.settings = settings(stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
 TestEveryHistory = World.TestCase

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -164,3 +165,20 @@ def test_the_report_is_what_the_launcher_is_said_to_write() -> None:
         "startup": {},
         "metrics": {},
     }
+
+
+async def test_a_launcher_that_does_not_answer_is_silent_after_a_while_and_no_longer_once_it_does() -> None:
+    settings = replace(SETTINGS, silent_seconds=0.1)
+    async with asyncio.timeout(10), pulling(settings) as (puller, launcher, changes, target):
+        puller.follow(KEY, target)
+        await changes.get()
+        heard, launcher.answer = launcher.answer, _broken
+        await changes.get()
+        assert puller.silent_since(KEY) is not None
+        launcher.answer = heard
+        while puller.silent_since(KEY) is not None:
+            await changes.get()
+
+
+async def _broken(_: web.Request) -> web.StreamResponse:
+    raise web.HTTPInternalServerError
