@@ -13,7 +13,7 @@ from otj_runtime.api.lifecycle import CHANGEABLE, FIXED
 from otj_runtime.pod.names import QUEUE_LABEL
 from tests.cluster.host import REPOSITORY, ClusterError
 from tests.contract.apiserver import ApiServer
-from tests.unit.api.specs import INVALID, REFUSED_BY_THE_SERVER, VALID, Invalid, changed
+from tests.unit.api.specs import HARMLESS_WORDS, INVALID, NO_SECRETS, REFUSED_BY_THE_SERVER, SCRIPT, VALID, Invalid, changed
 
 pytestmark = pytest.mark.integration
 
@@ -41,6 +41,18 @@ def test_a_variable_may_be_set_only_once(server: ApiServer) -> None:
     twice = [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]
     with pytest.raises(ClusterError, match=r"spec\.env\[1\]: Duplicate value"):
         server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(changed({"env": twice})))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"env": [{"name": name, "value": value} for name, value in NO_SECRETS.items()]},
+        {"dataset": None, "trainer.command": [*SCRIPT, *HARMLESS_WORDS]},
+    ],
+    ids=["variables", "arguments"],
+)
+def test_what_is_only_called_like_a_secret_passes(server: ApiServer, changes: dict[str, Any]) -> None:
+    server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(changed(changes)))
 
 
 CHANGES: dict[str, Any] = {

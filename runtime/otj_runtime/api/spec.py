@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from otj_runtime.api.base import ApiModel, Rule
 from otj_runtime.api.inputs import DatasetSpec, PathText, RewardSpec, ShortText
 from otj_runtime.api.lifecycle import OPERATOR
+from otj_runtime.api.secrets import Variable, no_secret_in
 from otj_runtime.api.training import NOT_FOR_SCRIPTS, Algorithm, check_training
 
 PodPiece = dict[str, Any]
@@ -107,6 +108,7 @@ class GenerationSpec(ApiModel):
             cel_values=("self.tensorParallelSize", "self.gpus"),
             field="tensorParallelSize",
         ),
+        no_secret_in("generation.extraArgs", "extraArgs", python="extra_args", field="vLLM (VLLM_API_KEY, HF_TOKEN)"),
     )
 
     @property
@@ -163,6 +165,7 @@ class TrainerSpec(ApiModel):
             "with the right number of processes before it, and there is no shell",
             holds=lambda t: t.command[0] == "python" and (len(t.command) > 2 if t.command[1] == "-m" else not t.command[1].startswith("-")),
         ),
+        no_secret_in("trainer.command", "command", python="command", field="the script"),
     )
 
 
@@ -246,10 +249,10 @@ class OnlineTrainingJobSpec(ApiModel):
         None, description="When the image is pulled: Always, IfNotPresent or Never. Default: the kubelet's rule."
     )
     resources: ContainerResources = Field(default_factory=ContainerResources, description="CPU and memory of the containers.")
-    env: list[PodPiece] = Field(
+    env: list[Variable] = Field(
         default_factory=list,
         max_length=256,
-        description="Environment of every container of the pod, as in a pod. Default: none.",
+        description="Environment of every container of the pod, as in a pod; secrets by valueFrom.secretKeyRef only. Default: none.",
         json_schema_extra=_named_by("name"),
     )
     volumes: list[PodPiece] = Field(

@@ -40,6 +40,7 @@ RESERVED = {
     "straggler_factor": "spec.rollout.stragglerFactor",
     "reward_weights": "spec.rewards[].weight",
     "model_init_kwargs": "spec.model",
+    "hub_token": "HF_TOKEN by spec.env[].valueFrom.secretKeyRef",
 }
 """Arguments that the job itself decides, and the field that says so."""
 

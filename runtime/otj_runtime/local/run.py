@@ -61,7 +61,7 @@ def make_plan(job: OnlineTrainingJob, options: RunOptions, folder: RunFolder) ->
     folders = local_folders(job.spec.volumes, given=options.volumes, home=folder.volumes)
     paths = {job.spec.output.path.rstrip("/"): output} | path_map(job.spec.volume_mounts, folders)
     pod = build_job(job, default_image="local", layout=layout, output=output)["spec"]["template"]["spec"]
-    asked = {entry["name"] for entry in job.spec.env}
+    asked = {variable.name for variable in job.spec.env}
     caches = {name: value for name, value in machine_caches(os.environ, home=Path.home()).items() if name not in asked}
     containers = {
         piece["name"]: localize(piece, paths=paths, given_env=options.env, extra_env=caches | devices.get(piece["name"], {}))

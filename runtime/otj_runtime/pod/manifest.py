@@ -181,7 +181,7 @@ def _container(
             "imagePullPolicy": spec.image_pull_policy,
             "command": command,
             # The user's entries come last: of two with one name the last one counts.
-            "env": [*({"name": key, "value": value} for key, value in own.items()), *spec.env],
+            "env": [*({"name": key, "value": value} for key, value in own.items()), *(v.to_wire() for v in spec.env)],
             "resources": resources,
             "volumeMounts": [
                 {"name": names.SHARED_MEMORY_VOLUME, "mountPath": layout.shared_memory},

@@ -58,6 +58,23 @@ TOO_FEW_GPUS = "is too few, it needs at least 2: one generates, the others train
 NOT_DIVIDED = "does not divide the"
 TASKS = "addition, copy, reverse and reasoning_gym/NAME"
 
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "PGPASSWORD", "clientSecret")
+NO_SECRETS = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "MAX_TOKENS": "512",
+    "EOS_TOKEN": "end",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "HF_TOKEN_PATH": "/secrets/token",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/secrets/key.json",
+    "AWS_SECRET_NAME": "training",
+    "LABEL_KEY": "answer",
+    "API_KEY": "$(FROM_ELSEWHERE)",
+    "MONKEY": "see",
+    "WANDB_API_KEY": "",
+}
+"""Variables that may have these values, however they are called."""
+HARMLESS_WORDS = ("--eos_token=</s>", "--input_key", "prompt", "--max-tokens", "9", "$(OTJ_MODEL_PATH)", "--use_auth", "token=3")
+
 INVALID = [
     Invalid("one GPU", {"gpus": 1}, f"gpus: 1 {TOO_FEW_GPUS}"),
     Invalid("no GPU", {"gpus": 0}, f"gpus: 0 {TOO_FEW_GPUS}"),
@@ -299,6 +316,29 @@ INVALID = [
         "spec.generation.maxModelLen in body should be greater than or equal to 1",
         "spec.generation.maxModelLen",
     ),
+    *(
+        Invalid(
+            f"a secret in the variable {name}",
+            {"env": [{"name": "A", "value": "1"}, {"name": name, "value": "hf_abc"}]},
+            f"value: {name} looks like a secret, which a value shows to everybody who may read this object; put it into a Secret and name "
+            "that in valueFrom.secretKeyRef",
+        )
+        for name in SECRETS
+    ),
+    Invalid(
+        "a key among vLLM's arguments",
+        {"generation.extraArgs": ["--api-key", "abc"]},
+        "generation.extraArgs: a secret in an argument shows in the Job and in ps; bring it as a variable by env[].valueFrom.secretKeyRef",
+    ),
+    *(
+        Invalid(
+            f"a secret in the argument {word}",
+            {"dataset": None, "trainer.command": [*SCRIPT, word]},
+            "trainer.command: a secret in an argument shows in the Job and in ps; bring it as a variable by env[].valueFrom.secretKeyRef",
+        )
+        for word in ("--hub_token=hf_abc", "--wandb-api-key", "--password", "--token=$(HF_TOKEN)", "key=$(WANDB_API_KEY)")
+    ),
+    Invalid("a token as argument", {"training.hub_token": "hf_abc"}, "training.hub_token: is decided by the job; set HF_TOKEN by spec.env"),
     Invalid("a misspelt field", {"gpu": 4}, 'unknown field "spec.gpu"', "spec.gpu: unknown field"),
     Invalid(
         "a misspelt field of generation",

@@ -22,9 +22,7 @@ Object = dict[str, Any]
 REPOSITORY = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize(
-    "name", ["manifests/crd.yaml", "manifests/install.yaml", "manifests/job-network-policy.yaml", "docs/conditions.md"]
-)
+@pytest.mark.parametrize("name", sorted(rendered()))
 def test_the_committed_file_is_the_generated_one(name: str) -> None:
     assert (REPOSITORY / name).read_text() == rendered()[name], "run `make generate` and commit the result"
 

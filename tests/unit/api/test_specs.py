@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from otj_runtime.api import Device, DType, InvalidJobError, load_job, parse_job
-from tests.unit.api.specs import INVALID, VALID, Invalid, changed
+from tests.unit.api.specs import HARMLESS_WORDS, INVALID, NO_SECRETS, SCRIPT, VALID, Invalid, changed
 
 SAMPLES = sorted((Path(__file__).parents[3] / "manifests" / "samples").glob("*.yaml"))
 
@@ -34,6 +34,12 @@ def test_every_fault_of_a_spec_is_told_at_once() -> None:
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
 def test_a_sample_is_a_valid_job(path: Path) -> None:
     assert load_job(path).spec.gpus >= 2
+
+
+def test_what_is_only_called_like_a_secret_passes() -> None:
+    env = [{"name": name, "value": value} for name, value in NO_SECRETS.items()]
+    assert len(parse_job(changed({"env": env})).spec.env) == len(env)
+    assert parse_job(changed({"dataset": None, "trainer.command": [*SCRIPT, *HARMLESS_WORDS]})).spec.trainer is not None
 
 
 def test_another_kind_is_refused_by_name() -> None:
