@@ -34,6 +34,8 @@ from otj_runtime.api import VERSION
 logger = logging.getLogger("otj_operator")
 
 LEASE_NAME = "online-training-operator"
+LEASE_SECONDS = 15.0
+"""After so long without a renewal a standby takes over."""
 LOST_LEASE = 3
 """Exit status of a process that lost its Lease."""
 PATIENCE_SECONDS = 180.0
@@ -56,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         identity=options.identity,
         namespaces=tuple(name for name in options.namespaces.split(",") if name),
         listen_port=options.port,
+        lease_seconds=options.lease_seconds,
         workers=options.workers,
         resync_seconds=options.resync_seconds,
         progress_seconds=options.progress_seconds,
@@ -79,7 +82,9 @@ async def run(settings: Settings) -> None:
         Cluster(await load_configuration(), called=metrics.called) as lease_cluster,
     ):
         controller = Controller(cluster, settings, metrics)
-        leadership = Leadership(lease_cluster, namespace=settings.namespace, name=LEASE_NAME, identity=settings.identity)
+        leadership = Leadership(
+            lease_cluster, namespace=settings.namespace, name=LEASE_NAME, identity=settings.identity, duration=settings.lease_seconds
+        )
 
         def troubles() -> list[str]:
             return controller.troubles() if leadership.valid() else []
@@ -185,6 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--identity", default=os.environ.get("POD_NAME", socket.gethostname()), help="holder name in the Lease")
     parser.add_argument("--port", type=int, default=8080, help="port of /healthz, /readyz and /metrics; default: 8080")
+    parser.add_argument(
+        "--lease-seconds",
+        type=float,
+        default=LEASE_SECONDS,
+        help="a leader that has not renewed its Lease for two thirds of it ends, after all of it a standby takes over; default: 15",
+    )
     parser.add_argument("--workers", type=int, default=48, help="jobs reconciled at the same time; default: 48")
     parser.add_argument("--resync-seconds", type=float, default=300.0, help="time between full listings; default: 300")
     parser.add_argument("--progress-seconds", type=float, default=5.0, help="time between two pulls of progress; default: 5")

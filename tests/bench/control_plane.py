@@ -128,15 +128,19 @@ async def idle(server: ApiServer, api: Api, _: argparse.Namespace) -> Row:
         }
 
 
-async def steady_and_restart(_: argparse.Namespace) -> tuple[Row, Row]:
-    """Both on one fleet, which takes the longest to make."""
+async def on_a_fleet(wanted: Sequence[str]) -> dict[str, Row]:
+    """`steady` and `restart`, or one of them, on one fleet, which takes the longest to make."""
+    found: dict[str, Row] = {}
     async with cluster() as (server, api), launchers() as port:
         fleet = Fleet(api, port=port)
         async with fleet.followed():
             with operator(server, name="steady") as process:
                 await fleet.grow(FLEET)
-                steady = await _steady(api, process)
-            return steady, await _restart(server, api)
+                if "steady" in wanted:
+                    found["steady"] = await _steady(api, process)
+            if "restart" in wanted:
+                found["restart"] = await _restart(server, api)
+    return found
 
 
 async def _steady(api: Api, process: Running) -> Row:
@@ -357,23 +361,18 @@ async def measure(options: argparse.Namespace) -> dict[str, Row]:
     wanted = options.only or ROWS
     results: dict[str, Row] = {}
 
-    def keep(names: Sequence[str], load: float, rows: Sequence[Row]) -> None:
-        for name, row in zip(names, rows, strict=True):
-            results[name] = {"load_average_before": round(load, 2), **row}
-            print(f"{name:8} {'passed' if row['passed'] else 'FAILED'}  {json.dumps(results[name])}", flush=True)
-
-    async def on_cluster(row: Callable[[ApiServer, Api, argparse.Namespace], Awaitable[Row]]) -> Row:
+    async def alone(row: Callable[[ApiServer, Api, argparse.Namespace], Awaitable[Row]], name: str) -> dict[str, Row]:
         async with cluster() as (server, api):
-            return await row(server, api, options)
+            return {name: await row(server, api, options)}
 
-    single: dict[str, Callable[[ApiServer, Api, argparse.Namespace], Awaitable[Row]]]
     single = {"burst": burst, "idle": idle, "large": large, "kills": kills, "faults": faults, "leader": leader}
     for name in (name for name in (*ROWS, *LONGER) if name in wanted):
+        if name in results:
+            continue
         load = os.getloadavg()[0]
-        if name in single:
-            keep([name], load, [await on_cluster(single[name])])
-        elif not {"steady", "restart"} & results.keys():
-            keep(["steady", "restart"], load, await steady_and_restart(options))
+        for row, figures in (await (alone(single[name], name) if name in single else on_a_fleet(wanted))).items():
+            results[row] = {"load_average_before": round(load, 2), **figures}
+            print(f"{row:8} {'passed' if figures['passed'] else 'FAILED'}  {json.dumps(results[row])}", flush=True)
     return results
 
 

@@ -1,4 +1,4 @@
-"""The Kubernetes binaries of the own cluster, built from their Go modules once per machine.
+"""The Kubernetes binaries of the own cluster, and Helm, built from their Go modules once per machine.
 
 Nobody packages kube-apiserver or kubelet for Debian or PyPI, and a test machine may reach no release server, but the Go
 module proxy has the sources. The build takes about four minutes on two cores; its result stays in the cache folder, under
@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.cluster.host import CACHE, REPOSITORY, install_packages, run, say, succeeds, tool
 
 MINOR = "34.4"  # Kubernetes 1.34.4, whose staging modules are released as v0.34.4
+HELM = "3.22.0"
 COMPONENTS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
 
 
@@ -29,6 +30,19 @@ def binaries() -> Path:
             built = _build(Path(scratch))
             built.rename(folder)
     return folder
+
+
+def helm() -> Path:
+    """The command helm; builds it when the cache lacks it."""
+    folder = CACHE / f"helm-{HELM}"
+    if not folder.exists():
+        say(f"building Helm {HELM} from its Go modules into {folder} (about 2 minutes on 2 cores, once per machine)")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            built = {"GOBIN": f"{scratch}/bin", "CGO_ENABLED": "0"}
+            run(go(), "install", "-trimpath", "-ldflags=-s -w", f"helm.sh/helm/v3/cmd/helm@v{HELM}", env=built, timeout_s=1800)
+            (Path(scratch) / "bin").rename(folder)
+    return folder / "helm"
 
 
 def go() -> str:

@@ -15,6 +15,8 @@ class Settings:
     """Where the operator runs and keeps its Lease."""
     identity: str = "online-training-operator"
     """Holder name in the Lease: the pod's name."""
+    lease_seconds: float = 15.0
+    """A standby takes over after so long without a renewal of the Lease."""
     listen_port: int = 8080
     """Port of /healthz and /readyz."""
     namespaces: tuple[str, ...] = ()
@@ -33,3 +35,5 @@ class Settings:
     """Launchers that are asked at the same time."""
     progress_timeout_seconds: float = 2.0
     """Deadline of one pull."""
+    silent_seconds: float = 60.0
+    """A launcher that has answered nothing for so long is said to be silent: longer than a node's hiccup."""

@@ -1,4 +1,5 @@
-"""`python -m otj_operator.crd FOLDER` writes manifests/ and docs/conditions.md below FOLDER. They are committed; a test holds them equal.
+"""`python -m otj_operator.crd FOLDER` writes manifests/, the chart's templates and docs/conditions.md below FOLDER. They are committed; a
+test holds them equal.
 
 `python -m otj_operator.crd FOLDER team-a team-b` writes an install.yaml for an operator that serves these namespaces only.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from otj_operator.crd.chart import chart_templates
 from otj_operator.crd.definition import custom_resource_definition
 from otj_operator.crd.install import install_manifests, job_network_policy
 from otj_operator.crd.page import conditions_page
@@ -33,8 +35,12 @@ def rendered(namespaces: Sequence[str] = ()) -> dict[str, str]:
         "manifests/install.yaml": install_manifests(namespaces),
         "manifests/job-network-policy.yaml": [job_network_policy()],
     }
-    manifests = {name: _HEAD + yaml.dump_all(parts, Dumper=_Dumper, sort_keys=False, width=120) for name, parts in documents.items()}
-    return manifests | {"docs/conditions.md": conditions_page()}
+    manifests = {name: _dump(parts) for name, parts in documents.items()} | chart_templates(_dump)
+    return {name: _HEAD + text for name, text in manifests.items()} | {"docs/conditions.md": conditions_page()}
+
+
+def _dump(documents: list[dict[str, Any]]) -> str:
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 if __name__ == "__main__":

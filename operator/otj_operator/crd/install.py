@@ -12,7 +12,7 @@ from typing import Any
 from otj_operator.crd.definition import NAME as CRD_NAME
 from otj_operator.crd.definition import custom_resource_definition
 from otj_operator.crd.policy import admission_policy
-from otj_operator.main import LEASE_NAME
+from otj_operator.main import LEASE_NAME, LEASE_SECONDS
 from otj_runtime.api import GROUP, PLURAL
 from otj_runtime.pod.config import Layout
 from otj_runtime.pod.names import JOB_LABEL, KUEUE, NON_ROOT_UID
@@ -181,7 +181,10 @@ def _container(namespaces: Sequence[str]) -> Manifest:
         "image": OPERATOR_IMAGE,
         "imagePullPolicy": "IfNotPresent",
         "command": ["python", "-m", "otj_operator"],
-        "args": [f"--port={PORT}", *([f"--namespaces={','.join(namespaces)}"] if namespaces else [])],
+        "args": [
+            *(f"--port={PORT}", "--log-format=json", f"--lease-seconds={LEASE_SECONDS:.0f}"),
+            *([f"--namespaces={','.join(namespaces)}"] if namespaces else []),
+        ],
         "env": [
             {"name": "OTJ_RUNTIME_IMAGE", "value": RUNTIME_IMAGE},
             {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},

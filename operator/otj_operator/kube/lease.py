@@ -2,8 +2,8 @@
 
     standby --Lease free, released or not renewed for `duration`--> leader --not renewed for `deadline`--> the process ends
 
-The holder's clock is never compared with ours: a standby measures how long *it* has seen no renewal. The leader gives up `duration -
-deadline` seconds before a standby may take over, and `valid()` is the fence for writes in a process that was stopped meanwhile.
+The holder's clock is never compared with ours: a standby measures how long *it* has seen no renewal. The leader gives up a third of
+`duration` before a standby may take over, and `valid()` is the fence for writes in a process that was stopped meanwhile.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ class Leadership:
         name: str,
         identity: str,
         duration: float = 15.0,
-        deadline: float = 10.0,
-        period: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster, self._namespace, self._name, self._identity = cluster, namespace, name, identity
-        self._duration, self._deadline, self._period, self._clock = duration, deadline, period, clock
+        self._duration, self._deadline, self._period, self._clock = duration, duration * 2 / 3, duration / 7.5, clock
         self._seen: tuple[Object, float] | None = None
         self._renewed = float("-inf")
 
