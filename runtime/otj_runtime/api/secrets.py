@@ -26,9 +26,8 @@ _HARMLESS_STARTS = ("/", "<", "$(")
 """A path, a token of a vocabulary, a reference to another variable."""
 
 _SECRET_WORD = (
-    "(?i)^--?(token|([a-z0-9]+[-_.])*((api|access|secret|private|auth)[-_]?key|(hf|hub|auth|api|access|bearer|git|github|wandb)[-_]?token|"
-    "password|passwd|secret))(=|$)"
-    rf"|\$\(([a-z0-9]+_)*(token|key|pwd|credentials?|[a-z0-9]*{_WORD})\)"
+    "(?i)^-([^=]*[-_.])?((api|access|secret|private|auth)[-_]?key|(hf|hub|auth|api|access|wandb)[-_]?token|password|secret)(=|$)"
+    r"|^--token(=|$)|\$\(\w*(token|_key|password|secret)\)"
 )
 """An option that takes a secret, or a reference to a variable that holds one. A `--..._key` or `--..._token` may be a column or a word of
 the vocabulary in many scripts."""

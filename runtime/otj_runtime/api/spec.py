@@ -152,7 +152,7 @@ class TrainerSpec(ApiModel):
 
     command: list[Annotated[str, Field(min_length=1, max_length=4096)]] = Field(
         min_length=2,
-        max_length=256,
+        max_length=128,
         description='The script and its arguments: `[python, /scripts/train.py, --beta, "0.1"]` or `[python, -m, package.module, ...]`. '
         "Each training rank runs it under `accelerate launch`, in the output folder, without a shell. $(NAME) stands for a variable "
         "of the container's environment, such as $(OTJ_MODEL_PATH).",
