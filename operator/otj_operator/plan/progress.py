@@ -10,10 +10,12 @@ from otj_runtime.pod.metrics import LauncherReport
 
 
 def merged(before: Progress | None, told: Progress | None) -> Progress | None:
-    """`before` with every field that `told` has; None rather than an empty one."""
+    """`before` with every field that `told` has; None rather than an empty one. An advice that is no longer told is no longer given."""
     if told is None or not told.model_dump(exclude_none=True):
         return before
     values = (before.model_dump(exclude_none=True) if before else {}) | told.model_dump(exclude_none=True)
+    if told.step:
+        values["advice"] = told.advice
     return _with_steps(Progress.model_validate(values))
 
 

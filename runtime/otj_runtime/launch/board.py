@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from otj_runtime.api import Progress
 from otj_runtime.pod.metrics import LauncherReport, TrainerStatus
+from otj_runtime.pod.split import advice_text
 
 REWARD_NAMES = ("reward", "objective/scores")
 """Metrics that hold the mean reward: our name and TRL's GRPOTrainer's, then the name of TRL's OnlineDPOTrainer."""
@@ -109,10 +110,8 @@ class Board:
 
     def _advice(self) -> str | None:
         """The split that would be faster, if the trainer knows one."""
-        gpus, now, then = self._count("split/generation_gpus"), self.number("step_time"), self.number("split/step_time")
-        if gpus is None or now is None or then is None or then >= now:
-            return None
-        return f"generation.gpus: {gpus} would take about {then:.3g} s a step instead of {now:.3g} s, for the same batch"
+        numbers = {name: self.number(name) for name in ("split/generation_gpus", "step_time", "split/step_time")}
+        return advice_text({name: value for name, value in numbers.items() if value is not None})
 
     def report(self) -> LauncherReport:
         """The progress document."""

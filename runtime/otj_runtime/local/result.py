@@ -11,6 +11,7 @@ from rich.table import Table
 from otj_runtime.local.follow import Story
 from otj_runtime.local.pod import Outcome
 from otj_runtime.pod.metrics import Answer, HeldOut, values
+from otj_runtime.pod.split import advice_text
 
 ENDS = 5
 """Steps at each end whose rewards are averaged."""
@@ -43,6 +44,7 @@ def build_result(story: Story, outcome: Outcome, *, wall_s: float, generator_ver
             "p50_s": median(times) if (times := list(values(lines, "sync/total_s"))) else None,
         },
         "tokens_generated": _last_count(story, "tokens_generated"),
+        "advice": advice_text(story.steps[-1].metrics) if story.steps else None,
         "heldout": [heldout[0].accuracy, heldout[-1].accuracy] if len(heldout) > 1 else None,
         "generator": None if generator_version is None else f"vllm {generator_version}",
     }
@@ -74,6 +76,8 @@ def summary(result: dict[str, Any]) -> str:
         parts.append(
             f"sync      {sync['count']} syncs, median {sync['p50_s']:.3f} s, largest log-probability difference {sync['max_abs_logprob_diff']:.2g}"
         )
+    if result["advice"]:
+        parts.append(f"advice    {result['advice']}")
     return "\n".join(parts)
 
 

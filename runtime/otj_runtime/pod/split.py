@@ -69,3 +69,14 @@ def split_metrics(split: Split, metrics: Mapping[str, float], *, per_engine: int
     )
     best = found or Advice(split, step_s)
     return {"split/generation_gpus": float(best.split.generation), "split/step_time": best.step_s}
+
+
+def advice_text(metrics: Mapping[str, float]) -> str | None:
+    """The advice in words, from the metrics of `split_metrics` and the step's own; None where no other split would be clearly faster."""
+    try:
+        gpus, now, then = (metrics[name] for name in ("split/generation_gpus", "step_time", "split/step_time"))
+    except KeyError:
+        return None
+    if then >= now:
+        return None
+    return f"generation.gpus: {gpus:.0f} would take about {then:.3g} s a step instead of {now:.3g} s, for the same batch"

@@ -33,6 +33,16 @@ def step(number: int, *, reward: float = 0.5, total: int = 10) -> MetricsLine:
     return MetricsLine(step=number, total_steps=total, time=1000.0 + number, metrics=metrics)
 
 
+def advised(line: MetricsLine) -> MetricsLine:
+    """The line of a step whose split is not the best."""
+    return MetricsLine(
+        step=line.step,
+        total_steps=line.total_steps,
+        time=line.time,
+        metrics=line.metrics | {"split/generation_gpus": 2.0, "split/step_time": 0.75},
+    )
+
+
 def heldout(accuracy: float, completion: str, *, at: int) -> MetricsLine:
     """The line of a held-out evaluation."""
     answers = [Answer(prompt="1+1=", completion=completion, reward=accuracy)]
@@ -100,10 +110,16 @@ def test_the_result_says_what_the_run_came_to(metrics: Path) -> None:
         "first_reward_s": 1.0,
         "sync": {"count": 10, "max_abs_logprob_diff": pytest.approx(1e-5), "p50_s": pytest.approx(0.55)},
         "tokens_generated": 1000,
+        "advice": None,
         "heldout": [0.0, 1.0],
         "generator": "vllm 0.32.0",
     }
     assert "10 steps in 1 min 01 s on 3 training ranks, vllm 0.32.0" in summary(result)
+
+
+def test_a_split_that_would_have_been_faster_is_told_at_the_end(metrics: Path) -> None:
+    result = build_result(story_of(metrics, step(1), advised(step(2))), SUCCESS, wall_s=2.0, generator_version=None)
+    assert "advice    generation.gpus: 2 would take about 0.75 s a step instead of 1 s" in summary(result)
 
 
 def test_a_run_that_failed_before_its_first_step_has_a_result_too(metrics: Path) -> None:
