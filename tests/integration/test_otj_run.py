@@ -94,6 +94,14 @@ def test_every_step_is_reported_and_the_model_is_saved(copy_run: tuple[dict[str,
     assert "150/150" in output
 
 
+def test_the_way_to_the_first_step_is_told_by_phase(copy_run: tuple[dict[str, Any], Path, str]) -> None:
+    _, run_dir, _ = copy_run
+    phases = json.loads((run_dir / "termination.json").read_text())["startup"]
+    assert set(phases) == {"launcher", "generator", "trainer", "first_step"}
+    assert phases["launcher"] <= min(phases["generator"], phases["trainer"])
+    assert phases["first_step"] >= max(phases["generator"], phases["trainer"])
+
+
 @pytest.fixture(scope="module")
 def troubled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
     """A run whose generator is killed, which is then stopped, and goes on: its folder, the step of its checkpoint, the last step."""

@@ -143,6 +143,8 @@ def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:
         "HF_HOME": f"{cache}/huggingface",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
         "TRITON_CACHE_DIR": f"{cache}/triton",
+        "CUDA_CACHE_PATH": f"{cache}/cuda",
+        "FLASHINFER_WORKSPACE_BASE": config.output,  # it adds .cache/flashinfer by itself
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from otj_runtime.api import OnlineTrainingJob
-from otj_runtime.pod.commands import generator_command
+from otj_runtime.pod.commands import generator_command, generator_environment, shared_environment
 from otj_runtime.pod.config import resolve
+
+
+def job_of(spec: dict[str, Any]) -> OnlineTrainingJob:
+    """A job with what every job must have, and `spec`."""
+    base = {"algorithm": "GRPO", "model": {"name": "builtin/tiny-copy"}, "dataset": {"task": "copy"}}
+    return OnlineTrainingJob.model_validate(
+        {"apiVersion": "onlinetraining.dev/v1alpha1", "kind": "OnlineTrainingJob", "metadata": {"name": "run"}, "spec": base | spec}
+    )
 
 
 def options(spec: dict[str, Any]) -> dict[str, str]:
     """Options of the generator's command that have a value."""
-    base = {"algorithm": "GRPO", "model": {"name": "builtin/tiny-copy"}, "dataset": {"task": "copy"}}
-    job = OnlineTrainingJob.model_validate(
-        {"apiVersion": "onlinetraining.dev/v1alpha1", "kind": "OnlineTrainingJob", "metadata": {"name": "run"}, "spec": base | spec}
-    )
-    command = generator_command(job, resolve(job))
-    return dict(pairwise(command))
+    job = job_of(spec)
+    return dict(pairwise(generator_command(job, resolve(job))))
 
 
 def test_accelerators_beyond_one_copy_of_the_model_hold_further_copies() -> None:
@@ -36,6 +41,16 @@ def test_a_generator_of_an_adapter_loads_the_model_itself_and_makes_room_for_the
     merged = options({"gpus": 2, "lora": {"rank": 20}})
     assert (merged["--served-model-name"], merged["--load-format"]) == ("policy", "dummy")
     assert "--max-lora-rank" not in merged
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "CUDA_CACHE_PATH", "FLASHINFER_WORKSPACE_BASE"],
+)
+def test_what_was_compiled_or_fetched_once_stays_on_the_output_volume(name: str) -> None:
+    config = resolve(job_of({"gpus": 2, "output": {"path": "/results"}}))
+    environment = shared_environment(config, scratch="/tmp") | generator_environment(config)
+    assert Path(environment[name]).is_relative_to("/results")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,8 @@ def test_rollouts_in_the_background_change_nothing_at_staleness_0(tiny: Path, tm
 @pytest.mark.parametrize(("staleness", "ages"), [(0, [0, 0, 0, 0, 0]), (1, [0, 1, 1, 1, 1]), (2, [0, 1, 2, 2, 2])])
 def test_tokens_are_as_many_versions_old_as_the_staleness_allows(tiny: Path, tmp_path: Path, staleness: int, ages: list[int]) -> None:
     trainer_for(tiny, tmp_path, max_steps=5, staleness=staleness).train()
+    told = {"async/staleness_max", "async/queue", "async/in_flight", "async/dropped", "idle/trainer", "idle/generator"}
+    assert all(told <= set(line.metrics) for line in steps_of(tmp_path))
     assert [line.metrics["async/staleness_max"] for line in steps_of(tmp_path)] == ages
     assert [line.metrics["async/staleness_mean"] for line in steps_of(tmp_path)] == ages
 
