@@ -23,7 +23,7 @@ from otj_runtime.weights.control import GeneratorControl
 from tests.cluster.host import REPOSITORY
 from tests.integration.models import make_tiny_model
 
-START_SECONDS = 240.0
+START_SECONDS = 900.0
 
 VLLM_CACHE = REPOSITORY / "build" / "cache" / "vllm"
 """Shared by all test servers and kept: vLLM notes there what it found out about a model's class, in a process of its own that imports
@@ -39,12 +39,12 @@ class Generator:
         control: its control routes.
     """
 
-    def __init__(self, model: Path, *, dtype: str, scratch: Path, shared_memory: Path) -> None:
+    def __init__(self, model: Path, *, dtype: str, engines: int, scratch: Path, shared_memory: Path) -> None:
         self.model = model
-        self._job = OnlineTrainingJob.model_validate(_job(model, dtype))
+        self._job = OnlineTrainingJob.model_validate(_job(model, dtype, engines))
         layout = Layout(shared_memory=str(shared_memory), scratch=str(scratch), generator_port=_free_port())
         self.config: PodConfig = resolve(self._job, layout, output=str(scratch / "output"))
-        self.control = GeneratorControl(self.config.generator_url)
+        self.control = GeneratorControl(self.config.generator_url, engines=engines)
         self.log = scratch / "generator.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -53,6 +53,11 @@ class Generator:
     def url(self) -> str:
         """Where it listens."""
         return self.config.generator_url
+
+    @property
+    def group(self) -> int | None:
+        """The process group that the server's processes are in; None while it does not run."""
+        return None if self._process is None else self._process.pid
 
     def start(self) -> None:
         """Start the server's process; it answers some time later."""
@@ -90,16 +95,16 @@ class Generator:
 
 @pytest.fixture(scope="session")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Generator]]:
-    """`generator(model_dir, dtype="float32")`: a server of that model that answers; the same one for the same arguments."""
-    started: dict[tuple[Path, str], Generator] = {}
+    """`generator(model_dir, dtype="float32", engines=1)`: a server of that model that answers; the same one for the same arguments."""
+    started: dict[tuple[Path, str, int], Generator] = {}
     shared_memory = Path(tempfile.mkdtemp(prefix="otj-test-", dir="/dev/shm"))
 
-    def get(model: Path, dtype: str = "float32") -> Generator:
-        key = (model, dtype)
+    def get(model: Path, dtype: str = "float32", engines: int = 1) -> Generator:
+        key = (model, dtype, engines)
         if key not in started:
             scratch = tmp_path_factory.mktemp("generator")
             shared = shared_memory / str(len(started))
-            started[key] = Generator(model, dtype=dtype, scratch=scratch, shared_memory=shared)
+            started[key] = Generator(model, dtype=dtype, engines=engines, scratch=scratch, shared_memory=shared)
         started[key].wait()
         return started[key]
 
@@ -121,7 +126,7 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("untied"), tied=False)
 
 
-def _job(model: Path, dtype: str) -> dict[str, object]:
+def _job(model: Path, dtype: str, engines: int) -> dict[str, object]:
     return {
         "apiVersion": "onlinetraining.dev/v1alpha1",
         "kind": "OnlineTrainingJob",
@@ -130,9 +135,9 @@ def _job(model: Path, dtype: str) -> dict[str, object]:
             "algorithm": "GRPO",
             "model": {"path": str(model)},
             "dataset": {"task": "copy"},
-            "gpus": 2,
+            "gpus": engines + 1,
             "accelerator": {"device": "cpu"},
-            "generation": {"dtype": dtype, "maxModelLen": 128},
+            "generation": {"dtype": dtype, "maxModelLen": 128, "gpus": engines, "tensorParallelSize": 1},
         },
     }
 

@@ -69,6 +69,12 @@ def _perturb(model: Any, family: str, *, seed: int = 0, every: int = 1, by: floa
     return len(chosen)
 
 
+def _scores(server: Generator) -> list[list[float]]:
+    """What the only engine gives the probe."""
+    (scores,) = server.control.score(SEQUENCES)
+    return scores
+
+
 def _largest_difference(left: list[list[float]], right: list[list[float]]) -> float:
     return max(abs(a - b) for row, other in zip(left, right, strict=True) for a, b in zip(row, other, strict=True))
 
@@ -88,19 +94,19 @@ def test_every_family_of_parameters_arrives(server: Generator) -> None:
     sync.push(10)
     families = [*FAMILIES, *(["lm_head"] if not model.config.tie_word_embeddings else [])]
     for version, family in enumerate(families, start=11):
-        before = server.control.score(SEQUENCES)
+        before = _scores(server)
         assert _perturb(model, family) > 0
         sync.push(version)
         assert _proven(sync, version) <= EXACT_BOUND
         # The change was large enough that the probe would have missed it.
-        assert _largest_difference(before, server.control.score(SEQUENCES)) > 5 * EXACT_BOUND, family
+        assert _largest_difference(before, _scores(server)) > 5 * EXACT_BOUND, family
 
 
 def test_a_corrupted_mailbox_is_refused_and_the_previous_weights_go_on_serving(tied_server: Generator) -> None:
     model = _load(tied_server.model)
     sync = _sync(tied_server, model)
     sync.push(30)
-    before = tied_server.control.score(SEQUENCES)
+    before = _scores(tied_server)
     path = Path(tied_server.config.mailbox) / "policy.mailbox"
     _perturb(model, "proj")
     layout = _layout(model)
@@ -117,7 +123,7 @@ def test_a_corrupted_mailbox_is_refused_and_the_previous_weights_go_on_serving(t
         _install(tied_server, writer, ticket)
     assert caught.value.phase == "update"
     assert tied_server.control.weight_version() == "30"
-    assert tied_server.control.score(SEQUENCES) == before
+    assert _scores(tied_server) == before
     assert sync.push(32).attempts == 1
 
 
@@ -175,14 +181,14 @@ def test_a_restarted_generator_gets_the_current_version_back_from_the_mailbox(ti
     sync = _sync(tied_server, model)
     sync.push(60)
     assert _proven(sync, 60) <= EXACT_BOUND
-    scores = tied_server.control.score(SEQUENCES)
+    scores = _scores(tied_server)
     _perturb(model, "proj", seed=61)  # the trainer has moved on; the mailbox has not
     tied_server.kill()
     assert tied_server.control.weight_version() is None
     tied_server.start()
     sync.reinstall()
     assert tied_server.control.weight_version() == "60"
-    assert _largest_difference(tied_server.control.score(SEQUENCES), scores) <= EXACT_BOUND
+    assert _largest_difference(_scores(tied_server), scores) <= EXACT_BOUND
     sync.reinstall()  # nothing to do
     sync.push(61)
     assert _proven(sync, 61) <= EXACT_BOUND

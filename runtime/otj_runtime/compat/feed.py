@@ -28,7 +28,7 @@ from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases
 from otj_runtime.weights.layout import Layout, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
-from otj_runtime.weights.probe import TrainerScores, compare, prompt_sequences, trainer_scores
+from otj_runtime.weights.probe import TrainerScores, compare_all, prompt_sequences, trainer_scores
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Feed:
         self.metrics: dict[str, float] = {}
         """Of the last push, by the built-in trainer's names."""
         self._path = Path(config.mailbox) / f"{SERVED_MODEL}.mailbox"
-        self._control = GeneratorControl(config.generator_url)
+        self._control = GeneratorControl(config.generator_url, engines=config.generator_engines)
         self._installer = Installer(self._control, self._path)
         self._ticket: Ticket | None = None
         self._writer: MailboxWriter | None = None
@@ -110,10 +110,17 @@ class Feed:
             WeightsDiverged: if they are further apart than rounding explains.
         """
         assert self._version is not None
-        found = self.faithfully(lambda: self._control.score(sequences))
-        agreement = compare(scores, found, sequences=sequences, version=self._version, dtypes={trained_in, self.dtype})
+        found = self.faithfully(lambda: self._ask(sequences))
+        agreement = compare_all(scores, found, sequences=sequences, version=self._version, dtypes={trained_in, self.dtype})
         self.metrics |= {"sync/max_abs_logprob_diff": agreement.max_abs, "sync/mean_logprob_diff": agreement.mean}
         self.metrics |= {"sync/logprob_diff_bound": agreement.bound}
+
+    def _ask(self, sequences: list[list[int]]) -> list[list[list[float]]]:
+        assert self._ticket is not None
+        assert self._writer is not None
+        found = self._control.score(sequences)
+        self._installer.check(self._ticket, self._writer.receipts)
+        return found
 
     def faithfully(self, ask: Callable[[], T]) -> T:
         """What `ask` returns, given by the pushed weights from beginning to end.

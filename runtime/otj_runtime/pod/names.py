@@ -30,6 +30,9 @@ HEALTH_ROUTE = "/healthz"
 SERVED_MODEL = "policy"
 """Name under which vLLM serves the model being trained."""
 
+ENGINE_HEADER = "X-data-parallel-rank"
+"""Names the engine of a data-parallel vLLM server that a request goes to."""
+
 METRICS_FILE = "metrics.jsonl"
 """In the output folder: one JSON object per optimizer step, see `otj_runtime.pod.metrics`."""
 

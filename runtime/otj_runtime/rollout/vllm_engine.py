@@ -26,7 +26,7 @@ from typing import Any
 import aiohttp
 
 from otj_runtime.pod.errors import GeneratorLost
-from otj_runtime.pod.names import SERVED_MODEL
+from otj_runtime.pod.names import ENGINE_HEADER, SERVED_MODEL
 from otj_runtime.rollout.load import Load
 from otj_runtime.rollout.stragglers import patience
 from otj_runtime.rollout.types import Cancelled, Completion, Sampling, Span
@@ -39,9 +39,6 @@ MAX_RECOVERIES = 5
 
 Recover = Callable[[], None]
 """Returns when the generator serves the current policy version again; raises if it does not in time."""
-
-ENGINE_HEADER = "X-data-parallel-rank"
-"""Names the engine of a data-parallel server that a request goes to."""
 
 _FINAL_ONLY = 2  # vLLM's RequestOutputKind: with n > 1 the default drops completions
 

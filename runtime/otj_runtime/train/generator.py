@@ -81,7 +81,7 @@ def connect(
     weights = kind(
         model=model,
         directory=generator.mailbox,
-        control=GeneratorControl(generator.url, failure=failure),
+        control=GeneratorControl(generator.url, engines=generator.engines, failure=failure),
         dtype=generator.dtype,
         ready_timeout_s=generator.ready_timeout_s,
         prompts=prompts,

@@ -27,7 +27,7 @@ from otj_runtime.weights.composed import available, is_collective, whole
 from otj_runtime.weights.control import RETURN_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Phases, only_one
-from otj_runtime.weights.probe import Agreement, TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
+from otj_runtime.weights.probe import Agreement, TrainerScores, compare_all, prompt_sequences, random_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.sync import SYNC_SECONDS, Proof, SyncReport
 from otj_runtime.weights.tensors import reshard
@@ -184,4 +184,4 @@ class AdapterSync:
     def _compare(self, version: int, scores: TrainerScores) -> Agreement:
         trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
         found = self._control.score(self._sequences)
-        return compare(scores, found, sequences=self._sequences, version=version, dtypes={trained_in, self._dtype})
+        return compare_all(scores, found, sequences=self._sequences, version=version, dtypes={trained_in, self._dtype})

@@ -6,12 +6,13 @@
 random. So a swap, a shift or a lost piece shows, and the sum may be collected from pieces in any order: of the trainer's tensors, cast
 on the way, and of what was staged.
 
-One launch walks a table of pieces that is made once. What it trades: it is no digest against an adversary, and it needs Triton,
-which comes with every CUDA build of torch.
+One launch walks a table of pieces that is made once. What it trades: it is no digest against an adversary, and on a GPU it needs Triton,
+which comes with every CUDA build of torch. On a CPU it is slow, and only tests ask for it.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,10 @@ class Checksums:
     def add(self, start: int, end: int) -> None:
         """Add pieces `start` to `end` to their sums, on the current stream."""
         first, programs = self._first[start], self._first[end] - self._first[start]
-        if programs:
+        if self._pieces.device.type == "cpu":
+            for piece in (Piece(*fields) for fields in self._pieces[start:end].tolist()):
+                self.sums[piece.target] += by_definition(piece, source=self._source, dtype=self._dtype)
+        elif programs:
             _kernel()[(programs,)](
                 self._pieces,
                 self._programs,
@@ -99,13 +103,17 @@ class Checksums:
         return self.sums
 
 
-def reference(tensor: torch.Tensor) -> int:
-    """The checksum of one tensor as its definition says: slow, on any device."""
-    bits = tensor.detach().contiguous().view(-1).view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]).to(torch.int64)
-    position = torch.arange(bits.numel(), dtype=torch.int64, device=bits.device)
+def by_definition(piece: Piece, *, source: torch.dtype, dtype: torch.dtype) -> int:
+    """What a piece of a CPU's memory adds to its sum: slow."""
+    rows = -(-piece.count // piece.columns)
+    reach = (rows - 1) * piece.stride + piece.columns
+    memory = (ctypes.c_char * (reach * source.itemsize)).from_address(piece.address)
+    values = torch.frombuffer(memory, dtype=source).as_strided((rows, piece.columns), (piece.stride, 1)).to(dtype).contiguous()
+    bits = values.view({2: torch.int16, 4: torch.int32}[dtype.itemsize]).to(torch.int64)
+    position = piece.position + torch.arange(rows)[:, None] * piece.position_stride + torch.arange(piece.columns)
     mixed = position * MULTIPLIER
     mixed = (mixed ^ ((mixed >> 29) & ((1 << 35) - 1))) * MIXER | 1
-    return int((bits * mixed).sum()) % 2**64
+    return int((bits * mixed).view(-1)[: piece.count].sum())
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

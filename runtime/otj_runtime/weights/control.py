@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from http.client import HTTPConnection, HTTPException
@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
-from otj_runtime.pod.names import SERVED_MODEL
+from otj_runtime.pod.names import ENGINE_HEADER, SERVED_MODEL
 from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.layout import Ticket
 
@@ -47,14 +47,16 @@ class GeneratorControl:
 
     Args:
         url: where it listens, such as http://127.0.0.1:8000.
+        engines: copies of the model behind it. vLLM hands every call that changes weights to all of them.
         failure: says why it will never answer, or None while there is hope; only where somebody knows.
     """
 
-    def __init__(self, url: str, *, failure: Callable[[], str | None] | None = None) -> None:
+    def __init__(self, url: str, *, engines: int = 1, failure: Callable[[], str | None] | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None or parts.port is None:
             raise ValueError(f"the generator's URL must look like http://host:port, not {url!r}")
         self._host, self._port = parts.hostname, parts.port
+        self._engines = engines
         self._failure = failure
 
     # -- its state -------------------------------------------------------------------------------------------------------------
@@ -169,10 +171,15 @@ class GeneratorControl:
 
     # -- the probe -------------------------------------------------------------------------------------------------------------
 
-    def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probability of each token but the first of each sequence, given those before it; raw, at temperature 1."""
+    def score(self, sequences: list[list[int]]) -> list[list[list[float]]]:
+        """What every engine gives each sequence: the log-probability of each token but the first, given those before it; raw, at
+        temperature 1."""
+        return [self._score(sequences, engine) for engine in range(self._engines)]
+
+    def _score(self, sequences: list[list[int]], engine: int) -> list[list[float]]:
         body = {"model": SERVED_MODEL, "prompt": sequences, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        choices = sorted(self._call("score", "POST", "/v1/completions", body)["choices"], key=lambda choice: int(choice["index"]))
+        answer = self._call("score", "POST", "/v1/completions", body, headers={ENGINE_HEADER: str(engine)} if self._engines > 1 else None)
+        choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
         return [
             [float(position[str(token)]["logprob"]) for token, position in zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)]
             for tokens, choice in zip(sequences, choices, strict=True)
@@ -180,12 +187,14 @@ class GeneratorControl:
 
     # -- HTTP ------------------------------------------------------------------------------------------------------------------
 
-    def _call(self, phase: str, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _call(
+        self, phase: str, method: str, route: str, body: dict[str, Any] | None = None, *, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """One request; its answer as JSON ({} for an empty one)."""
         connection = HTTPConnection(self._host, self._port, timeout=DEADLINES[phase])
         try:
             payload = None if body is None else json.dumps(body)
-            connection.request(method, route, payload, {"Content-Type": "application/json"})
+            connection.request(method, route, payload, {"Content-Type": "application/json", **(headers or {})})
             response = connection.getresponse()
             status, text = response.status, response.read().decode(errors="replace")
         except TimeoutError as error:

@@ -106,9 +106,22 @@ class Installer:
             WeightSyncFailed: naming the phase. The generator keeps its weights, unless a limited staging met a checksum that does not fit.
         """
         with phases("stage"):
-            receipts.wait(sequence=ticket.sequence, workers=self._workers, deadline_s=DEADLINES["update"], alive=self.control.healthy)
+            receipts.wait_staged(
+                sequence=ticket.sequence, workers=self._workers, deadline_s=DEADLINES["update"], alive=self.control.healthy
+            )
         with phases("install"):
             phases.seconds["paused"] = self.control.install(ticket.version)
+
+    def check(self, ticket: Ticket, receipts: Receipts) -> None:
+        """Wait until every worker has found that its parameters hold what it staged; it checks beside decoding.
+
+        Raises:
+            WeightsDiverged: naming the parameter.
+            WeightSyncFailed: if a worker says nothing.
+        """
+        receipts.wait_installed(
+            sequence=ticket.sequence, workers=self._workers, deadline_s=DEADLINES["install"], alive=self.control.healthy
+        )
 
     def again(self, ticket: Ticket, receipts: Receipts) -> None:
         """Install once more what is published under `ticket`, in a generator that may have been restarted.

@@ -162,12 +162,35 @@ def _differences(left: list[list[float]], right: list[list[float]]) -> _Differen
     return _Differences(mean=sum(absolute) / len(found), max_abs=max(absolute), worst=worst, row=row, position=position)
 
 
+def compare_all(
+    trainer: TrainerScores, engines: list[list[list[float]]], *, sequences: list[list[int]], version: int, dtypes: set[DType]
+) -> Agreement:
+    """How close the trainer's scoring of the sequences and that of each engine are; of several, the one that is furthest off.
+
+    Raises:
+        WeightsDiverged: as `compare`, naming the engine where there are several.
+    """
+    names = [f"engine {number} of the generator" if len(engines) > 1 else "generator" for number in range(len(engines))]
+    found = [
+        compare(trainer, scores, sequences=sequences, version=version, dtypes=dtypes, name=name)
+        for name, scores in zip(names, engines, strict=True)
+    ]
+    return max(found, key=lambda agreement: agreement.max_abs)
+
+
 def compare(
-    trainer: TrainerScores, generator: list[list[float]], *, sequences: list[list[int]], version: int, dtypes: set[DType]
+    trainer: TrainerScores,
+    generator: list[list[float]],
+    *,
+    sequences: list[list[int]],
+    version: int,
+    dtypes: set[DType],
+    name: str = "generator",
 ) -> Agreement:
     """How close two scorings of the same sequences are.
 
     Args:
+        name: what to call the generator.
         dtypes: what the two sides compute in; the coarsest decides the bound.
 
     Raises:
@@ -181,7 +204,7 @@ def compare(
         row, position = difference.row, difference.position
         names = " and ".join(sorted(dtypes))
         raise WeightsDiverged(
-            f"policy version {version} ({names}): trainer and generator disagree on the probe; {kind} difference {found:.3g}, bound {bound:.3g}. "
+            f"policy version {version} ({names}): trainer and {name} disagree on the probe; {kind} difference {found:.3g}, bound {bound:.3g}. "
             f"Worst: token {sequences[row][position + 1]} at position {position + 1} of sequence {row}, trainer "
             f"{trainer.logprobs[row][position]:.6f}, generator {generator[row][position]:.6f}"
         )

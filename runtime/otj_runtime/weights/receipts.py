@@ -2,6 +2,8 @@
 
     worker   stages tensors beside decoding -> put(STAGED, sequence), or put(FAILED, sequence, text)
     trainer  waits for the receipt of every worker, then asks for the installation
+    worker   compares what it installed with what it staged, beside decoding -> put(INSTALLED, sequence), or FAILED
+    trainer  waits for that as well, before it trains on what was sampled
 
 A receipt is one small block per worker. The text is stored before the state and the state before the sequence, and only one side
 stores, so a trainer that sees the sequence sees the rest (both run on one host, whose stores become visible in order).
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.layout import RECEIPT_BYTES, WORKERS, Layout
 
 _HEAD = struct.Struct("<QQ")  # sequence, state
@@ -28,6 +30,7 @@ class State(IntEnum):
     NONE = 0
     STAGED = 1
     FAILED = 2
+    INSTALLED = 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Receipts:
         text = bytes(self._data[offset + _HEAD.size : offset + RECEIPT_BYTES]).rstrip(b"\0") if state == State.FAILED else b""
         return Receipt(sequence=sequence, state=State(state), text=text.decode(errors="replace"))
 
-    def wait(self, *, sequence: int, workers: int, deadline_s: float, alive: Callable[[], bool] = lambda: True) -> None:
+    def wait_staged(self, *, sequence: int, workers: int, deadline_s: float, alive: Callable[[], bool] = lambda: True) -> None:
         """Return when every worker has staged `sequence`.
 
         Args:
@@ -78,16 +81,35 @@ class Receipts:
         Raises:
             WeightSyncFailed: with the text of the first worker that failed, or when `deadline_s` seconds have passed.
         """
-        end, ask = time.monotonic() + deadline_s, time.monotonic() + 1
         for worker in range(workers):
-            while (receipt := self.get(worker)).sequence != sequence or receipt.state is State.NONE:
-                now = time.monotonic()
-                if now > end:
-                    raise WeightSyncFailed(f"update: worker {worker} did not stage the weights in {deadline_s:.0f} s", phase="update")
-                if now > ask:
-                    if not alive():
-                        raise WeightSyncFailed(f"update: the generator is gone, worker {worker} had not staged the weights", phase="update")
-                    ask = now + 1
-                time.sleep(POLL_SECONDS)
-            if receipt.state is State.FAILED:
-                raise WeightSyncFailed(f"update: worker {worker}: {receipt.text}", phase="update")
+            found = self._wait(worker, sequence, {State.STAGED, State.INSTALLED}, deadline_s, alive, "update", "stage the weights")
+            if found.state is State.FAILED:
+                raise WeightSyncFailed(f"update: worker {worker}: {found.text}", phase="update")
+
+    def wait_installed(self, *, sequence: int, workers: int, deadline_s: float, alive: Callable[[], bool] = lambda: True) -> None:
+        """Return when every worker has found that it holds what it staged under `sequence`.
+
+        Raises:
+            WeightsDiverged: with the text of the first worker that does not.
+            WeightSyncFailed: when `deadline_s` seconds have passed.
+        """
+        for worker in range(workers):
+            found = self._wait(worker, sequence, {State.INSTALLED}, deadline_s, alive, "proof", "check what it installed")
+            if found.state is State.FAILED:
+                raise WeightsDiverged(f"worker {worker} of the generator: {found.text}")
+
+    def _wait(
+        self, worker: int, sequence: int, states: set[State], deadline_s: float, alive: Callable[[], bool], phase: str, what: str
+    ) -> Receipt:
+        """The worker's receipt, once it has reached one of `states` or failed."""
+        end, ask = time.monotonic() + deadline_s, time.monotonic() + 1
+        while (receipt := self.get(worker)).sequence != sequence or receipt.state not in {*states, State.FAILED}:
+            now = time.monotonic()
+            if now > end:
+                raise WeightSyncFailed(f"{phase}: worker {worker} did not {what} in {deadline_s:.0f} s", phase=phase)
+            if now > ask:
+                if not alive():
+                    raise WeightSyncFailed(f"{phase}: the generator is gone, worker {worker} did not {what}", phase=phase)
+                ask = now + 1
+            time.sleep(POLL_SECONDS)
+        return receipt

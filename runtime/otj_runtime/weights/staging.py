@@ -4,6 +4,7 @@
              -> wait until the version is published -> compare all checksums -> receipt
              a version that is a patch: apply it to the version before, in a buffer; without that, to the slot first
     engine   wait(), then install from `tensors`
+    thread   compare what was installed with what was staged -> receipt
 
 On a CPU nothing is copied: tensors are taken where they lie, in the mailbox. On a GPU they are copied to a buffer by the copy engine, on a
 stream of their own, in runs of up to `RUN_BYTES`, as the trainer's copies arrive; the checksums are computed where they land.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -81,6 +82,26 @@ class Staging:
     def drain(self) -> None:
         """As `wait`, for an installation that reads the mailbox itself."""
         self.wait()
+
+    def confirm(self, ticket: Ticket, compare: Callable[[], list[str]]) -> None:
+        """Give the receipt of an installation, beside decoding, and before anything else is staged.
+
+        Args:
+            compare: names the parameters that do not hold what was staged.
+        """
+        self._thread = threading.Thread(target=self._confirm, args=(ticket, compare), name="otj-confirming", daemon=True)
+        self._thread.start()
+
+    def _confirm(self, ticket: Ticket, compare: Callable[[], list[str]]) -> None:
+        try:
+            differing = compare()
+            state, text = State.INSTALLED, ""
+            if differing:
+                state = State.FAILED
+                text = f"{len(differing)} parameters do not hold what was sent as version {ticket.version}, the first is {differing[0]}"
+        except Exception as error:
+            state, text = State.FAILED, f"what was installed could not be checked: {error!r}"
+        self.reader.receipts.put(self._worker, Receipt(ticket.sequence, state, text))
 
     def _run(self, ticket: Ticket) -> None:
         try:
@@ -214,6 +235,11 @@ class DeviceStaging(Staging):
         with self._progress:
             self._progress.notify_all()
         super().stop()
+
+    def _confirm(self, ticket: Ticket, compare: Callable[[], list[str]]) -> None:
+        torch.cuda.set_device(self._device)
+        with torch.cuda.stream(self._sum_stream):
+            super()._confirm(ticket, compare)
 
     def _stage(self, ticket: Ticket) -> None:
         torch.cuda.set_device(self._device)

@@ -14,6 +14,7 @@ One push, on every rank at once:
 
 and the proof, off that path:
 
+    checksums: the workers compare what they have installed with what they staged, beside decoding
     probe: threads of rank 0 ask the generator, beside decoding, and the trainer's own model, while its weights stay as they are
     proven(version)                             every rank waits for it, before it trains on anything that this version sampled
 
@@ -44,7 +45,7 @@ from otj_runtime.weights.install import Installer, Phases, only_one
 from otj_runtime.weights.layout import STEPS, Layout, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
 from otj_runtime.weights.patch_write import PatchWrite
-from otj_runtime.weights.probe import Agreement, TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
+from otj_runtime.weights.probe import Agreement, TrainerScores, compare_all, prompt_sequences, random_sequences, trainer_scores
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares
 
@@ -161,7 +162,7 @@ class WeightSync:
         self._whole_for = 1  # pushes that are sent whole before a patch is tried
         self._pushed: Ticket | None = None
         self._scored: Future[TrainerScores] | None = None  # rank 0 only, as the next
-        self._asked: Future[list[list[float]]] | None = None
+        self._asked: Future[list[list[list[float]]]] | None = None
         self._proof: Proof | None = None
         self._rounding: float | None = None
         self._talking: Future[None] | None = None
@@ -191,12 +192,12 @@ class WeightSync:
             return self._attempt(version, began, attempt=2)
 
     def proven(self, version: int) -> Proof:
-        """Return when the probe has shown that the generator serves `version`, the one pushed last. Collective.
+        """Return when checksums and probe have shown that the generator serves `version`, the one pushed last. Collective.
 
         To be called before the model's weights change.
 
         Raises:
-            WeightsDiverged: if the probe did not agree, and not after a second installation either.
+            WeightsDiverged: if a checksum or the probe did not agree, and not after a second installation either.
             WeightSyncFailed, MailboxError, GeneratorLost: if the generator could not be asked, or installed again.
         """
         pushed = self._pushed
@@ -224,8 +225,9 @@ class WeightSync:
             self._control.wait_returned()
             if self._control.weight_version() != str(pushed.version):
                 self._install_again(pushed)
+                found = self._ask(pushed)
                 if self._scored is not None:
-                    self._compare(pushed, self._control.score(self._sequences))
+                    self._compare(pushed, found)
 
     # -- the push --------------------------------------------------------------------------------------------------------------
 
@@ -261,7 +263,7 @@ class WeightSync:
         self._pushed, self._proof = ticket, None
         if ranks.rank == 0:
             self._scored = self._threads.submit(lambda: scores or self._score())
-            self._asked = self._threads.submit(self._control.score, self._sequences)
+            self._asked = self._threads.submit(self._ask, ticket)
             self._later(self._installer.open)
         return report
 
@@ -357,14 +359,21 @@ class WeightSync:
         with only_one(self._path.with_suffix(".lock"), deadline_s=2 * RETURN_SECONDS):
             self._control.wait_returned()
             self._install_again(pushed)
-        return Proof(agreement=self._compare(pushed, self._control.score(self._sequences)), again=True)
+        return Proof(agreement=self._compare(pushed, self._ask(pushed)), again=True)
+
+    def _ask(self, pushed: Ticket) -> list[list[list[float]]]:
+        """The generator's half of the proof: how each engine scores the probe, once its parameters are known to hold what it staged."""
+        assert self._writer is not None
+        found = self._control.score(self._sequences)
+        self._installer.check(pushed, self._writer.receipts)
+        return found
 
     def _install_again(self, ticket: Ticket) -> None:
         assert self._writer is not None
         self._installer.again(ticket, self._writer.receipts)
 
-    def _compare(self, pushed: Ticket, scores: list[list[float]]) -> Agreement:
+    def _compare(self, pushed: Ticket, scores: list[list[list[float]]]) -> Agreement:
         assert self._scored is not None
         trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
         dtypes = {trained_in, self._dtype}
-        return compare(self._scored.result(), scores, sequences=self._sequences, version=pushed.version, dtypes=dtypes)
+        return compare_all(self._scored.result(), scores, sequences=self._sequences, version=pushed.version, dtypes=dtypes)

@@ -30,6 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from otj_runtime.weights.errors import MailboxError, UnsupportedVLLM
+from otj_runtime.weights.installed import InstalledCheck
 from otj_runtime.weights.layout import Ticket
 from otj_runtime.weights.mailbox import MailboxReader
 from otj_runtime.weights.plan import Plan, record
@@ -97,6 +98,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
     supports_draft_weight_update = False
     _staging: Staging | None = None
     _plan: Plan | None = None
+    _check: InstalledCheck | None = None
     _computes = False
     _replay: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
@@ -117,7 +119,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         else:
             self._staging = HostStaging(reader, worker)
         if self._plan is not None and self._plan.layout != reader.layout:
-            self._plan = None
+            self._plan = self._check = None
 
     def start_weight_update(self) -> None:
         """Nothing: see the module's text."""
@@ -154,14 +156,26 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         ticket = staging.ticket
         assert ticket is not None
         with staging.reader.guarding(ticket):
-            if isinstance(staging, DeviceStaging) and self._plan is not None:
-                self._copy(staging, self._plan)
-                return
-            staging.drain()
-            if isinstance(staging, DeviceStaging) and self._plain():
-                self._record(staging, ticket)
-            else:
-                self._reload(staging, ticket)
+            self._install(staging, ticket)
+        staging.confirm(ticket, lambda: self._differing(staging, ticket))
+
+    def _install(self, staging: Staging, ticket: Ticket) -> None:
+        if isinstance(staging, DeviceStaging) and self._plan is not None:
+            self._copy(staging, self._plan)
+            return
+        staging.drain()
+        if isinstance(staging, DeviceStaging) and self._plain():
+            self._record(staging, ticket)
+        else:
+            self._reload(staging, ticket)
+
+    def _differing(self, staging: Staging, ticket: Ticket) -> list[str]:
+        """Parameters that do not hold what was staged; none where they hold what vLLM has computed from it."""
+        if self._plan is None or not isinstance(staging, DeviceStaging):
+            return []
+        self._check = self._check or InstalledCheck(self._plan, self.model)
+        # A staging buffer that is a ring does not hold them any more. The GPU reads the pinned mailbox as well, if not as fast.
+        return self._check.differing(staging.reader.tensors(ticket.slot) if staging.partial else staging.tensors)
 
     def shutdown(self) -> None:
         """Stop staging and let go of the mailbox and the buffer."""

@@ -56,8 +56,8 @@ class LoadingGenerator:
     def resume(self) -> None:
         self.calls.append("resume")
 
-    def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        return trainer_scores(self.model, sequences, DType.FLOAT32).logprobs
+    def score(self, sequences: list[list[int]]) -> list[list[list[float]]]:
+        return [trainer_scores(self.model, sequences, DType.FLOAT32).logprobs]
 
 
 def base_model() -> Any:

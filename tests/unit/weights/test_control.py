@@ -17,7 +17,7 @@ import torch
 from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
 from otj_runtime.weights import control as control_module
 from otj_runtime.weights.control import GeneratorControl
-from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases, only_one
 from otj_runtime.weights.layout import Layout, Ticket
 from otj_runtime.weights.receipts import Receipt, Receipts, State
@@ -136,7 +136,24 @@ def test_a_worker_that_fails_or_keeps_silent_is_named(receipts: Receipts, receip
     receipts.put(0, Receipt(7, State.STAGED))
     receipts.put(1, receipt)
     with pytest.raises(WeightSyncFailed, match=words):
-        receipts.wait(sequence=7, workers=2, deadline_s=0.05)
+        receipts.wait_staged(sequence=7, workers=2, deadline_s=0.05)
+
+
+@pytest.mark.parametrize(
+    ("receipt", "error", "words"),
+    [
+        (Receipt(7, State.FAILED, "norm does not hold"), WeightsDiverged, "worker 1 of the generator: norm does not hold"),
+        (Receipt(7, State.STAGED), WeightSyncFailed, "proof: worker 1 did not check what it installed in 0 s"),
+        (Receipt(6, State.INSTALLED), WeightSyncFailed, "proof: worker 1 did not check"),
+    ],
+)
+def test_a_worker_that_does_not_hold_what_it_staged_has_diverged(
+    receipts: Receipts, receipt: Receipt, error: type[Exception], words: str
+) -> None:
+    receipts.put(0, Receipt(7, State.INSTALLED))
+    receipts.put(1, receipt)
+    with pytest.raises(error, match=words):
+        receipts.wait_installed(sequence=7, workers=2, deadline_s=0.05)
 
 
 def test_a_generator_that_keeps_silent_meets_the_deadline_of_its_phase(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

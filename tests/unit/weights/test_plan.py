@@ -45,7 +45,7 @@ class Sharded(torch.nn.Module):
         return loaded
 
 
-def _tensors(seed: int) -> list[torch.Tensor]:
+def staged_tensors(seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in SHAPES.values()]
 
@@ -54,17 +54,17 @@ def _tensors(seed: int) -> list[torch.Tensor]:
 def test_replayed_copies_leave_what_the_models_own_loader_leaves_bit_by_bit(worker: int) -> None:
     layout = Layout.of(SHAPES.items(), torch.bfloat16)
     model, reference = Sharded(worker), Sharded(worker)
-    plan = record(model.load_weights, layout, _tensors(0))
+    plan = record(model.load_weights, layout, staged_tensors(0))
     assert plan.untouched(model) == []
     assert plan.loaded == {"embed", "qkv", "o", "bias", "norm"}
     # From one buffer, as staging lays them out.
     buffer = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
     staged = [buffer[e.offset : e.offset + e.nbytes].view(e.torch_dtype).view(e.shape) for e in layout.tensors]
     for version in (1, 2):
-        for place, value in zip(staged, _tensors(version), strict=True):
+        for place, value in zip(staged, staged_tensors(version), strict=True):
             place.copy_(value)
         torch._foreach_copy_([copy.destination for copy in plan.copies], plan.sources(staged))
-        reference.load_weights(iter(zip(SHAPES, _tensors(version), strict=True)))
+        reference.load_weights(iter(zip(SHAPES, staged_tensors(version), strict=True)))
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values(), strict=True))
 
 
@@ -75,7 +75,7 @@ def test_a_parameter_that_the_loader_computes_is_not_in_the_plan() -> None:
     def computing(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
         return load((name, -weight if name == "norm" else weight) for name, weight in weights)
 
-    assert record(computing, Layout.of(SHAPES.items(), torch.bfloat16), _tensors(0)).untouched(model) == ["norm"]
+    assert record(computing, Layout.of(SHAPES.items(), torch.bfloat16), staged_tensors(0)).untouched(model) == ["norm"]
 
 
 @given(sizes=st.lists(st.integers(1, 4000), min_size=1, max_size=40), spare=st.integers(0, 6000))

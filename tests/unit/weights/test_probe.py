@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from otj_runtime.api import DType
 from otj_runtime.weights.errors import WeightsDiverged
-from otj_runtime.weights.probe import TrainerScores, compare, prompt_sequences, random_sequences, trainer_scores
+from otj_runtime.weights.probe import TrainerScores, compare, compare_all, prompt_sequences, random_sequences, trainer_scores
 
 SEQUENCES = [[3, 1, 4], [1, 5, 9]]
 TRAINER = TrainerScores(logprobs=[[-1.0, -2.0], [-3.0, -4.0]], rounding=0.01)
@@ -124,6 +124,13 @@ def test_sequences_of_different_lengths_are_scored_as_if_alone() -> None:
 )
 def test_prompts_are_taken_until_there_are_enough_tokens(lengths: list[int], taken: list[int]) -> None:
     assert [len(row) for row in prompt_sequences([7] * length for length in lengths)] == taken
+
+
+def test_every_engine_must_agree_and_the_one_that_does_not_is_named() -> None:
+    agreement = compare_all(TRAINER, [_shifted(1e-5), _shifted(2e-5)], sequences=SEQUENCES, version=7, dtypes=FLOAT32)
+    assert agreement.max_abs == pytest.approx(2e-5)
+    with pytest.raises(WeightsDiverged, match="trainer and engine 1 of the generator disagree"):
+        compare_all(TRAINER, [_shifted(0.0), _shifted(0.5)], sequences=SEQUENCES, version=7, dtypes=FLOAT32)
 
 
 def test_the_error_names_version_dtype_token_and_difference() -> None:

@@ -26,11 +26,13 @@ class LoadingGenerator:
 
     Attributes:
         lame: installations that are acknowledged and do nothing.
+        corrupting: installations after which a parameter does not hold what was staged, by too little for the probe.
     """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.lame = 0
+        self.corrupting = 0
         self.restart()
 
     def restart(self) -> None:
@@ -85,13 +87,21 @@ class LoadingGenerator:
         self.version = str(version)
         if self.lame:
             self.lame -= 1
+            self._confirm([])
             return 0.0
         names = (entry.name for entry in self.staging.reader.layout.tensors)
         self.model.load_state_dict(dict(zip(names, self.staging.content(self.staging.ticket), strict=True)), strict=False)
+        self._confirm(["norm.weight"] if self.corrupting else [])
+        self.corrupting = max(0, self.corrupting - 1)
         return 0.001
 
-    def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        return trainer_scores(self.model, sequences, DType.FLOAT32).logprobs
+    def _confirm(self, differing: list[str]) -> None:
+        assert self.staging is not None
+        assert self.staging.ticket is not None
+        self.staging.confirm(self.staging.ticket, lambda: differing)
+
+    def score(self, sequences: list[list[int]]) -> list[list[list[float]]]:
+        return [trainer_scores(self.model, sequences, DType.FLOAT32).logprobs]
 
 
 @pytest.fixture
@@ -149,6 +159,25 @@ def test_weights_that_do_not_arrive_twice_have_diverged(policy: Any, tmp_path: P
     generator.lame = 2
     sync.push(4)
     with pytest.raises(WeightsDiverged, match="policy version 4"):
+        sync.proven(4)
+
+
+def test_a_parameter_that_does_not_hold_what_was_staged_is_installed_again(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator
+) -> None:
+    sync = _sync(policy, tmp_path, generator)
+    generator.corrupting = 1
+    sync.push(4)
+    assert sync.proven(4).again
+
+
+def test_a_parameter_that_does_not_hold_it_twice_has_diverged_and_is_named(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator
+) -> None:
+    sync = _sync(policy, tmp_path, generator)
+    generator.corrupting = 2
+    sync.push(4)
+    with pytest.raises(WeightsDiverged, match=r"worker 0 .* sent as version 4, the first is norm\.weight"):
         sync.proven(4)
 
 
