@@ -1,6 +1,6 @@
 """Seconds of a GRPO step: our trainer against TRL, on one machine, with one model and one batch.
 
-    python -m tests.bench.step --device cpu --model build/models/SmolLM2-135M-Instruct     # bar: 2 x TRL
+    python -m tests.bench.step --device cpu --bf16 --model build/models/SmolLM2-135M-Instruct     # bar: 2 x TRL
     python -m tests.bench.step --device cuda                                               # one card, shared by both processes
 
 Each configuration runs in a process of its own, because a vLLM in the process leaves memory behind. Without --model the parent makes
@@ -9,7 +9,8 @@ of one optimizer step to the end of the next: sampling, rewards, learning and th
 the last ones (nothing left to sample ahead) do not count. Rewards are random, so no group is skipped for being all equal.
 
 TRL's settings are the best of those tried on the H100 (colocate, vLLM at 0.3 of the memory, micro-batch 16, gradient checkpointing,
-float32 master weights with bf16 autocast); larger micro-batches, or none of the checkpointing, ran out of memory beside vLLM.
+float32 master weights with bf16 autocast); larger micro-batches, or none of the checkpointing, ran out of memory beside vLLM. On a CPU each
+side may do better with or without --bf16; TRL generates under autocast too, which casts all weights again for each token.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Workload:
         prompt_tokens, completion_tokens: lengths; completions may end earlier.
         micro_batch: completions of one forward pass.
         warm_up: steps that do not count.
+        memory: share of the card's memory for vLLM.
+        bf16: train under bfloat16 autocast, and let vLLM compute in bfloat16.
     """
 
     device: str
@@ -66,6 +69,7 @@ class Workload:
     steps: int
     warm_up: int = 2
     memory: float = 0.3
+    bf16: bool = False
 
     @property
     def completions(self) -> int:
@@ -77,7 +81,7 @@ class Workload:
         cuda = self.device == "cuda"
         return {
             "use_cpu": not cuda,
-            "bf16": cuda,
+            "bf16": self.bf16,
             "gradient_checkpointing": cuda,
             "per_device_train_batch_size": self.micro_batch,
             "gradient_accumulation_steps": self.completions // self.micro_batch,
@@ -166,6 +170,7 @@ def build_trainer(name: str, work: Workload, output: Path) -> Any:
     if arguments["use_vllm"] and cuda:
         arguments |= {"vllm_device": "cuda:0", "vllm_gpu_memory_utilization": work.memory}
     if arguments["use_vllm"]:
+        arguments |= {"vllm_dtype": "bfloat16" if work.bf16 else "float32"}
         arguments |= {"vllm_max_model_len": work.prompt_tokens + work.completion_tokens + (0 if cuda else 64)}
     return GRPOTrainer(
         model=work.model, reward_funcs=random_reward, args=GRPOConfig(**arguments), train_dataset=rows, processing_class=tokenizer
@@ -286,6 +291,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--completion-tokens", type=int)
     parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast on a CPU as well; a GPU always trains so")
     parser.add_argument("--memory", type=float, default=0.3, help="share of the card's memory for vLLM")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one configuration")
     parser.add_argument("--json", type=Path)
@@ -311,6 +317,7 @@ def main() -> int:
             micro_batch=options.micro_batch,
             steps=options.steps,
             memory=options.memory,
+            bf16=cuda or options.bf16,
         )
         # vLLM inside the trainer's process needs a GPU: on a CPU, TRL can only generate with transformers.
         names = options.only or [name for name in CONFIGURATIONS if cuda or name != "TRL, vLLM colocate"]

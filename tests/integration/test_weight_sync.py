@@ -199,13 +199,13 @@ def test_deltas_arrive_as_whole_weights_do_and_come_back_after_a_restart(tied_se
     sync = _sync(tied_server, model, delta=True)
     whole = sync.push(80)
     for version, family in enumerate(["embed_tokens", "norm", "q_proj", "down_proj"], start=81):
-        before = tied_server.control.score(SEQUENCES)
+        before = _scores(tied_server)
         _perturb(model, family, every=40, by=4.0)
         report = sync.push(version)
         assert (report.attempts, report.patched) == (1, True)
         assert report.bytes <= whole.bytes / 10
         assert _proven(sync, version) <= EXACT_BOUND
-        assert _largest_difference(before, tied_server.control.score(SEQUENCES)) > 5 * EXACT_BOUND, family
+        assert _largest_difference(before, _scores(tied_server)) > 5 * EXACT_BOUND, family
     tied_server.control.init_transfer(str(Path(tied_server.config.mailbox) / "policy.mailbox"), None)  # as a restart: it knows nothing
     tied_server.control.label(0)
     sync.reinstall()
