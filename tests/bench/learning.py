@@ -121,6 +121,8 @@ def learn(lesson: Lesson, *, seed: int, staleness: int, model: Path, generator: 
     )
     began = time.monotonic()
     trainer.train()
+    if trainer.stop.stopped:
+        raise InterruptedError(f"stopped at step {trainer.state.global_step}: such a run says nothing, and is not noted")
     rewards = [line.metrics["reward"] for line in read_metrics(folder / METRICS_FILE)[0] if line.metrics]
     first, last = (sum(part) / AVERAGED for part in (rewards[:AVERAGED], rewards[-AVERAGED:]))
     return Run(lesson.task, lesson.algorithm, seed, staleness, first, last, trainer.state.global_step, time.monotonic() - began)

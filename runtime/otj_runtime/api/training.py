@@ -39,6 +39,8 @@ RESERVED = {
     "staleness": "spec.rollout.staleness",
     "straggler_factor": "spec.rollout.stragglerFactor",
     "reward_weights": "spec.rewards[].weight",
+    "reward_model_path": "spec.rewards[].model",
+    "judge": "spec.rewards[].judge",
     "model_init_kwargs": "spec.model",
     "hub_token": "HF_TOKEN by spec.env[].valueFrom.secretKeyRef",
 }

@@ -22,14 +22,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from otj_runtime.api import DType
 from otj_runtime.compat.feed import Feed, floating
 from otj_runtime.compat.hook import after_import
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import InvalidSpec
-from otj_runtime.weights.tensors import reshard
+from otj_runtime.weights.tensors import is_sharded, reshard
 
 SUPPORTED = ((1, 11), (1, 17))
 """First version of TRL that this works with, and the first that was not tried."""
@@ -151,14 +150,10 @@ def _proven_before(generate: Callable[..., Any], feed: Feed) -> Callable[..., An
 def _prove(generation: Any, prompts: list[list[int]], feed: Feed) -> None:
     """Prove on rank 0 that the generator holds the trainer's weights. The forward of a sharded model takes all ranks."""
     leads, model = generation.accelerator.is_main_process, generation.model
-    if not (leads or is_sharded(model)):
+    reshard(model)  # what a forward left gathered looks whole
+    if not (leads or is_sharded(model.parameters())):
         return
     sequences, scores = feed.score(model, prompts)
     reshard(model)
     if leads and sequences:
         feed.prove(sequences, scores, trained_in=DType(str(next(model.parameters()).dtype).removeprefix("torch.")))
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether one rank alone cannot compute with the model: FSDP2, or DeepSpeed ZeRO-3."""
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(hasattr(p, "ds_id") for p in model.parameters())

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 from otj_runtime.api.inputs import DatasetSpec
 from otj_runtime.data.jsonl import JsonLines
+from otj_runtime.data.rows import RowSequence
 from otj_runtime.data.tasks import Sample, make_samples
 from otj_runtime.pod.errors import DatasetInvalid
 
@@ -35,7 +36,7 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class Prompts(Sequence[Sample]):
+class Prompts(RowSequence[Sample]):
     """Rows under the names that the run uses.
 
     Args:
@@ -52,15 +53,8 @@ class Prompts(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Sample:
+        """See `RowSequence`."""
         return _rename(self._rows[index], self._renamed)
 
 

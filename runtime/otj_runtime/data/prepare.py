@@ -16,11 +16,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 
 from otj_runtime.data.load import Prompts, Stream
+from otj_runtime.data.rows import RowSequence
 from otj_runtime.data.tasks import Sample
 from otj_runtime.data.tokenize import PROMPT_IDS, PromptEncoder
 from otj_runtime.pod.errors import DatasetInvalid
@@ -57,7 +58,7 @@ class LengthRule:
         )
 
 
-class TokenizedPrompts(Sequence[Sample]):
+class TokenizedPrompts(RowSequence[Sample]):
     """Rows with their token ids under `PROMPT_IDS`.
 
     Args:
@@ -81,21 +82,13 @@ class TokenizedPrompts(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def row(self, index: int) -> Sample:
+        """See `RowSequence`."""
         begin = int(self._ends[index - 1]) if index else 0
         return {**self._prompts[int(self._kept[index])], PROMPT_IDS: self._ids[begin : int(self._ends[index])].tolist()}
 
 
-class StreamedPrompts(Sequence[Sample]):
+class StreamedPrompts(RowSequence[Sample]):
     """A stream as a sequence of `ENDLESS` rows, begun again whenever it ends. Cheap to read forwards; going back begins again."""
 
     def __init__(self, stream: Stream, encoder: PromptEncoder, rule: LengthRule) -> None:
@@ -109,15 +102,8 @@ class StreamedPrompts(Sequence[Sample]):
     def __len__(self) -> int:
         return ENDLESS
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Sample:
+        """See `RowSequence`."""
         if self._rows is None or index < self._next:
             self._rows, self._next, self.dropped = self._read(), 0, 0
         for row in self._rows:

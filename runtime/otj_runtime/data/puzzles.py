@@ -6,10 +6,11 @@ the indices after those of training: the generator never starts from the same se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, overload
+from typing import Any
 
+from otj_runtime.data.rows import RowSequence
 from otj_runtime.pod.errors import DatasetInvalid
 
 PREFIX = "reasoning_gym/"
@@ -21,7 +22,7 @@ INSTRUCTION = "Think about the task, then give the final answer, and nothing els
 Row = dict[str, Any]
 
 
-class Puzzles(Sequence[Row]):
+class Puzzles(RowSequence[Row]):
     """Rows `first` to `first + count` of a task: prompt, question, answer, metadata."""
 
     def __init__(self, made: Any, *, first: int, count: int, instruction: str) -> None:
@@ -33,17 +34,10 @@ class Puzzles(Sequence[Row]):
         return len(self._indices)
 
     def __iter__(self) -> Iterator[Row]:
-        return (self[i] for i in range(len(self)))
+        return map(self.row, range(len(self)))
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Row:
+        """See `RowSequence`."""
         row = self._made[self._indices[index]]
         system = [{"role": "system", "content": self._instruction}] if self._instruction else []
         return {"prompt": [*system, {"role": "user", "content": row["question"]}], **row}

@@ -59,7 +59,7 @@ def build_rewards(
 
     Args:
         reward_funcs: one or a list of: a callable in TRL's convention; the hub name or folder of a sequence-classification model; such
-            a model itself.
+            a model itself. Or `Rewards`, which are complete.
         reward_weights: factor of each of `reward_funcs`, then of the judge. Default: all 1.
         reward_processing_classes: the tokenizer of each reward model, None for callables. Default: each model's own.
         judge: compares completions in pairs: see `rewards.judge`.
@@ -69,6 +69,9 @@ def build_rewards(
         InvalidSpec: if there is nothing to judge with, or numbers do not match.
         RewardImportFailed: if one is no reward, or its model cannot be loaded.
     """
+    if isinstance(reward_funcs, Rewards):
+        reward_funcs.load()
+        return reward_funcs
     functions = _as_list(reward_funcs)
     tokenizers = _as_list(reward_processing_classes) or [None] * len(functions)
     if len(tokenizers) != len(functions):

@@ -20,6 +20,9 @@ from otj_runtime.train.config import GRPOConfig, OnlineDPOConfig
 
 CONFIGS: dict[Algorithm, type[TrainingArguments]] = {Algorithm.GRPO: GRPOConfig, Algorithm.ONLINE_DPO: OnlineDPOConfig}
 
+WIDER = {"beta": ["array", "number"], "scale_rewards": ["boolean", "string"]}
+"""JSON types of fields that take more than their annotation says."""
+
 _NAMES = {int: "integer", float: "number", bool: "boolean", str: "string", list: "array", dict: "object"}
 
 
@@ -57,7 +60,7 @@ def build_table() -> dict[str, dict[str, Any]]:
     for algorithm, config in CONFIGS.items():
         hints = typing.get_type_hints(config)
         for field in dataclasses.fields(config):
-            kinds = json_types(hints[field.name])
+            kinds = WIDER.get(field.name) or json_types(hints[field.name])
             if not field.init or field.name.startswith("_") or not kinds:
                 continue
             row = table.setdefault(field.name, {"types": kinds, "defaults": {}})

@@ -2,12 +2,16 @@
 
 The defaults are for a policy that is trained on its own samples: a small constant learning rate, every step logged, and columns
 kept because rewards read them.
+
+Scripts for TRL change their import and nothing else, so arguments of its first online trainers (0.14 to 0.16) are known here: most do
+what they did, those of `REFUSED` say why not. transformers' and TRL's argument parsers give a field one type, so one that takes several
+is annotated with what can be typed, and its metadata names the `types` of YAML.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -24,6 +28,22 @@ CISPO_LARGEST_RATIO = 5.0
 NEUTRAL = {"top_p": (1.0, None), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
 """Values of sampling arguments that leave the policy's distribution as it is."""
 
+_OWN_SERVER = "rank 0 starts vLLM by itself, on vllm_device, and in a pod the generator's container is there already; leave it out"
+_BENDS = (
+    "would change what the generator samples from, and the trainer's probabilities would not be those of the sampled tokens; leave it out, "
+    "and reward the form that you want (otj_runtime.rewards.format_match)"
+)
+REFUSED = {
+    "vllm_mode": _OWN_SERVER,
+    "vllm_server_host": _OWN_SERVER,
+    "vllm_server_port": _OWN_SERVER,
+    "vllm_server_base_url": _OWN_SERVER,
+    "vllm_server_timeout": _OWN_SERVER,
+    "vllm_guided_decoding_regex": _BENDS,
+    "cache_implementation": "is for generation with transformers, which is the slow baseline here; leave it out, and set use_vllm=True for speed",
+}
+"""Arguments of TRL that have no place here, and what to do instead."""
+
 
 @dataclass
 class OnlineConfig(TrainingArguments):
@@ -32,7 +52,9 @@ class OnlineConfig(TrainingArguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of the optimizer."})
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep false: rewards read the dataset's columns."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment trackers to report to."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  # argument parsers of transformers take the first that is not None
+        default="none", metadata={"help": "Experiment trackers to report to."}
+    )
     enable_jit_checkpoint: bool = field(default=True, metadata={"help": "Save a checkpoint and end on SIGTERM, within one micro-batch."})
     hub_strategy: str = field(default="end", metadata={"help": "When to push to the hub: only end, with the finished model."})
     ddp_find_unused_parameters: bool | None = field(
@@ -92,6 +114,23 @@ class OnlineConfig(TrainingArguments):
     vllm_dtype: str = field(default="auto", metadata={"help": "Type of vLLM's weights."})
     vllm_max_model_len: int | None = field(default=None, metadata={"help": "Longest prompt plus completion that vLLM accepts, in tokens."})
     vllm_enable_prefix_caching: bool = field(default=True, metadata={"help": "Let vLLM keep the keys and values of shared prompts."})
+    ds3_gather_for_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "Of older TRL, without effect: weights leave a ZeRO-3 model for vLLM one tensor at a time, and a model that generates by "
+            "itself stays cut."
+        },
+    )
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Self:
+        """Refuse what is in `REFUSED` by name; a dataclass would call it an unexpected keyword.
+
+        Raises:
+            ValueError: with the advice.
+        """
+        for name in keywords.keys() & REFUSED.keys():
+            raise ValueError(f"{name}: {REFUSED[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
@@ -175,10 +214,20 @@ class GRPOConfig(OnlineConfig):
     importance_sampling_level: str = field(
         default="token", metadata={"help": "One importance ratio per token, or per completion: token or sequence. gspo means sequence."}
     )
-    scale_rewards: str | bool = field(
+    scale_rewards: str = field(
         default="group",
         metadata={"help": "Divide advantages by the standard deviation of their group (or true), the batch, or none (or false)."},
     )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the reference model follow the policy (TR-DPO, arXiv:2404.09656): mix it in every ref_model_sync_steps steps."
+        },
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the policy in the mixture; the rest is the reference as it was."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Optimizer steps between two mixtures."})
     vllm_importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Weigh tokens that vLLM sampled by how likely the trainer would have sampled them."}
     )
@@ -191,11 +240,12 @@ class GRPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.beta, list):
+            raise ValueError(f"beta: {self.beta} is a list, which only Online DPO has; give one number")
         require("loss_type", self.loss_type, GRPO_LOSSES)
         require("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
         require("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, SAMPLER_WEIGHTS)
-        if isinstance(self.scale_rewards, bool):
-            self.scale_rewards = "group" if self.scale_rewards else "none"
+        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
         require("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if self.loss_type == "gspo":
             self.importance_sampling_level = "sequence"
@@ -204,6 +254,16 @@ class GRPOConfig(OnlineConfig):
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise ValueError(f"vllm_importance_sampling_clip_min: {low} is not below vllm_importance_sampling_clip_max, {high}")
+        if self.sync_ref_model:
+            self._check_reference()
+
+    def _check_reference(self) -> None:
+        if not self.beta:
+            raise ValueError("sync_ref_model: beta is 0, so there is no reference model; set beta (TRL 0.15's default was 0.04)")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha: {self.ref_model_mixup_alpha} is no share of the policy; use more than 0, at most 1")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps: {self.ref_model_sync_steps} is too few; use at least 1")
 
     @property
     def upper_epsilon(self) -> float:
@@ -224,8 +284,8 @@ class OnlineDPOConfig(OnlineConfig):
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of the optimizer."})
     num_generations: int = field(default=2, metadata={"help": "Completions sampled for each prompt; the best and the worst form a pair."})
-    beta: float | list[float] = field(
-        default=0.1,
+    beta: list[float] = field(
+        default_factory=lambda: [0.1],
         metadata={
             "help": "Strength of the preference loss: smaller lets the policy move further. A list has one per epoch; the last stays."
         },
@@ -235,17 +295,43 @@ class OnlineDPOConfig(OnlineConfig):
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Older name of max_completion_length; it wins where both are given."}
     )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt plus completion, in tokens: bounds max_prompt_length. Prompts are refused or dropped, never cut."
+        },
+    )
+    reward_model_path: str | None = field(
+        default=None, metadata={"help": "Name or folder of the reward model, where the trainer is given neither rewards nor a judge."}
+    )
+    judge: str | None = field(
+        default=None, metadata={"help": "Of older TRL: a name that a script turns into the judge that it gives the trainer."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Of older TRL, without effect: prompts are encoded once a node, in batches."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_new_tokens is not None:
             self.max_completion_length = self.max_new_tokens
+        if self.max_length is not None:
+            self.max_prompt_length = self._longest_prompt(self.max_length)
         require("loss_type", self.loss_type, ("sigmoid", "ipo"))
         betas = self.beta if isinstance(self.beta, list) else [self.beta]
         if not betas or min(betas) <= 0:
             raise ValueError(f"beta: {self.beta} must be above 0 (in a list, every one): it divides the pull towards the reference")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0:
             raise ValueError(f"missing_eos_penalty: {self.missing_eos_penalty} must be above 0: it is taken from the reward")
+
+    def _longest_prompt(self, max_length: int) -> int:
+        left = max_length - self.max_completion_length
+        if left < 1:
+            raise ValueError(
+                f"max_length: {max_length} leaves no token for a prompt beside a completion of {self.max_completion_length}; raise it, or "
+                "lower max_completion_length (max_new_tokens)"
+            )
+        return left if self.max_prompt_length is None else min(left, self.max_prompt_length)
 
 
 def require(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ What the relatives share and where they differ, by `loss_type` (sums run over an
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ from otj_runtime.train.losses import (
     sum_tokens,
     weighted_likelihood,
 )
+from otj_runtime.train.reference import Following
 from otj_runtime.train.trainer import OnlineTrainer
 
 
@@ -53,6 +55,28 @@ class GRPOTrainer(OnlineTrainer):
     def needs_reference(self) -> bool:
         """Only a KL term looks at the reference."""
         return self.config.beta != 0.0
+
+    def make_reference(self) -> Any | None:
+        """See `OnlineTrainer`. With `sync_ref_model` it follows the policy.
+
+        Raises:
+            ValueError: if it is to follow, and is the policy without its adapter.
+        """
+        reference = super().make_reference()
+        if self.config.sync_ref_model:
+            if reference is None:
+                raise ValueError("sync_ref_model: a PEFT model's reference is the model without its adapter, which stays; leave it out")
+            self.add_callback(Following(reference, self.accelerator))
+        return reference
+
+    def common_state(self) -> dict[str, Any] | None:
+        """See `SavingTrainer`: a reference that follows the policy."""
+        return self.reference.state_dict() if self.reference is not None and self.config.sync_ref_model else None
+
+    def restore_common_state(self, state: dict[str, Any]) -> None:
+        """See `SavingTrainer`."""
+        if self.reference is not None:
+            self.reference.load_state_dict(state)
 
     def select(self, groups: list[Group]) -> Selection:
         """One row per completion that teaches something; all of them with a KL term. Collective."""

@@ -9,6 +9,26 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from otj_runtime.pod.errors import ModelNotFound
+from otj_runtime.train.config import OnlineConfig
+
+
+def load_policy(model: Any, tokenizer: Any, *, args: OnlineConfig, peft_config: Any) -> tuple[Any, Any]:
+    """The policy as `args` want it, and its tokenizer.
+
+    Args:
+        model: as `load_model` takes it.
+        tokenizer: the policy's; None for the one that was saved with it.
+        peft_config: the adapter to train instead of the whole, if any.
+
+    Raises:
+        ModelNotFound, ValueError: see `load_model` and `load_tokenizer`.
+    """
+    init = dict(args.model_init_kwargs or {})
+    found = load_tokenizer(tokenizer or source_of(model), revision=init.get("revision"))
+    policy = load_model(model, **init)
+    if args.disable_dropout:
+        switch_off_dropout(policy)
+    return policy if peft_config is None else with_adapter(policy, peft_config), found
 
 
 def load_model(source: Any, **keywords: Any) -> Any:

@@ -17,6 +17,7 @@ from otj_runtime.rollout.types import Group
 from otj_runtime.train.batch import MicroBatch, Row, Selection, counted_tokens
 from otj_runtime.train.config import OnlineDPOConfig
 from otj_runtime.train.losses import PairLoss, preference_loss
+from otj_runtime.train.reference import frozen
 from otj_runtime.train.trainer import OnlineTrainer
 
 
@@ -27,7 +28,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         reward_model: older TRL's name of `reward_funcs`.
         reward_processing_class: older TRL's name of `reward_processing_classes`.
         ref_model: the model to compare with. Default: the policy as it is now.
-        arguments, keywords: see `OnlineTrainer`.
+        arguments, keywords: see `OnlineTrainer`. Without rewards and judge, the reward model is that of `args.reward_model_path`.
     """
 
     algorithm = Algorithm.ONLINE_DPO
@@ -41,6 +42,8 @@ class OnlineDPOTrainer(OnlineTrainer):
     ) -> None:
         if reward_model is not None:
             keywords |= {"reward_funcs": reward_model, "reward_processing_classes": reward_processing_class}
+        elif not keywords.keys() & {"reward_funcs", "judge"} and len(arguments) < 2:
+            keywords["reward_funcs"] = getattr(keywords.get("args"), "reward_model_path", None)
         self._given_reference = ref_model
         super().__init__(*arguments, **keywords)
 
@@ -48,7 +51,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         """The one that was given, else see `OnlineTrainer`."""
         if self._given_reference is None:
             return super().make_reference()
-        return self._given_reference.to(self.accelerator.device).eval().requires_grad_(False)
+        return frozen(self._given_reference, device=self.accelerator.device)
 
     @property
     def beta(self) -> float:

@@ -2,8 +2,8 @@
 
 Checkpoints. transformers writes model, optimizer, scheduler, every rank's random state and its own state below `.incomplete/`; each rank
 adds `rank-<r>.pt`, which holds what transformers does not know: micro-batches of a generation that are still to be trained on, and running
-totals. When all have written, the folder is renamed to its place (`checkpoints`). A run that resumes there makes the very steps, numbers
-included, that the first one would have made.
+totals; `common.pt`, where there is one, holds what is the same on all of them. When all have written, the folder is renamed to its place
+(`checkpoints`). A run that resumes there makes the very steps, numbers included, that the first one would have made.
 
 In the middle of a step. A checkpoint is then one of the last finished step: gradients are forgotten, and the random and rank state saved
 are those noted at the begin of the step (`begin_step`).
@@ -47,6 +47,7 @@ EXPORT = "model"
 """Folder of the trained model below the output folder."""
 
 CARD = "README.md"
+COMMON_FILE = "common.pt"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,13 @@ class SavingTrainer(Trainer):
     def restore_rank_state(self, state: dict[str, Any]) -> None:
         """Remember it."""
 
+    def common_state(self) -> dict[str, Any] | None:
+        """What the run must remember and every rank knows; None for nothing. Tensors and plain values only."""
+        return None
+
+    def restore_common_state(self, state: dict[str, Any]) -> None:
+        """Remember it."""
+
     def train(self, *args: Any, **keywords: Any) -> Any:
         """See transformers. With `args.enable_jit_checkpoint`, SIGTERM ends it early, with a checkpoint."""
         if self.args.should_save:
@@ -130,6 +138,8 @@ class SavingTrainer(Trainer):
         folder = self._output / INCOMPLETE / f"checkpoint-{step}"
         folder.mkdir(parents=True, exist_ok=True)  # rank 0 may still be on its way
         torch.save(rank_state or self.rank_state(), folder / self._rank_file)
+        if self.args.should_save and (common := self.common_state()) is not None:
+            torch.save(common, folder / COMMON_FILE)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish_checkpoint(self._output, step)
@@ -154,6 +164,8 @@ class SavingTrainer(Trainer):
         own = Path(checkpoint) / self._rank_file
         if own.exists():  # not after a change of the number of ranks: then the generation begins anew
             self.restore_rank_state(torch.load(own, map_location=self.accelerator.device, weights_only=False))
+        if (common := Path(checkpoint) / COMMON_FILE).exists():
+            self.restore_common_state(torch.load(common, map_location=self.accelerator.device, weights_only=True))
         self._restored = True
 
     # -- export --------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,17 @@
 """SIGTERM: stop soon, with a checkpoint. Every rank must decide the same at the same place, so they ask each other.
 
     waiting for rollouts        given up at once, on the rank that is told; the ranks ask each other as soon as each has its own or gave up
+    in an evaluation            the same; what it has found is lost
     between two micro-batches   the ranks ask each other; the begun optimizer step is forgotten and made again by the resumed run
     after an optimizer step     the ranks ask each other
 
-So a signal waits for one micro-batch at most, or for a weight sync, which cannot be left half done. transformers has a callback for this
-(`enable_jit_checkpoint`), which each rank follows on its own, three seconds later and not before the batches of a step are there; ours
-takes its place under the same name.
+So a signal waits for one micro-batch at most (without vLLM, for one batch of completions), with one exception: a weight sync under way
+ends first. All ranks take part in it, and the generator stands still in its middle: a rank that left would leave the others in a
+collective and the generator paused. It takes a fraction of a step, or, with a generator that has just been lost, until that is back
+(`RETURN_SECONDS`), which the pod's grace period may cut short; then the last periodic checkpoint is the one that survives.
+
+transformers has a callback for this (`enable_jit_checkpoint`), which each rank follows on its own, three seconds later and not before the
+batches of a step are there; ours takes its place under the same name.
 """
 
 from __future__ import annotations
@@ -81,6 +86,12 @@ class StopOnSignal(TrainerCallback):
         self._save()
         control.should_training_stop = True
 
+    def stop_after_step(self, control: TrainerControl) -> None:
+        """Let transformers save the step that has just ended, and end."""
+        self.stopped = True
+        control.should_save = True
+        control.should_training_stop = True
+
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the step that has begun, if any rank was asked to."""
         if self.agreed():
@@ -89,9 +100,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if any rank was asked to. transformers saves, after it has reported the step."""
         if self.agreed():
-            self.stopped = True
-            control.should_save = True
-            control.should_training_stop = True
+            self.stop_after_step(control)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._asked = True

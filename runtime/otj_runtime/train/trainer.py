@@ -15,7 +15,6 @@ The hook is `get_batch_samples`: transformers asks it for the micro-batches of a
 
 from __future__ import annotations
 
-import copy
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from otj_runtime.data.tokenize import PROMPT_IDS, PromptEncoder
-from otj_runtime.rewards import Rewards, build_rewards
+from otj_runtime.rewards import build_rewards
 from otj_runtime.rollout.collect import Rollouts
 from otj_runtime.rollout.types import Group
 from otj_runtime.train.batch import MicroBatch, Selection, collate, split
@@ -37,20 +36,12 @@ from otj_runtime.train.config import OnlineConfig
 from otj_runtime.train.engine import make_engine
 from otj_runtime.train.evaluate import evaluate
 from otj_runtime.train.generator import Generator
-from otj_runtime.train.loading import (
-    default_output,
-    is_peft_model,
-    load_model,
-    load_tokenizer,
-    source_of,
-    source_of_prompts,
-    switch_off_dropout,
-    with_adapter,
-)
+from otj_runtime.train.loading import default_output, is_peft_model, load_policy, source_of, source_of_prompts
 from otj_runtime.train.logprobs import Scorer, Scores
 from otj_runtime.train.meters import Meters, device_memory
 from otj_runtime.train.mismatch import mismatch
 from otj_runtime.train.prompts import PromptLoader, PromptOrder, prepare_eval_prompts, prepare_prompts, prompt_order
+from otj_runtime.train.reference import frozen_copy
 from otj_runtime.train.report import Reporter
 from otj_runtime.train.sampling import Sampler
 from otj_runtime.train.saving import SavingTrainer
@@ -108,24 +99,15 @@ class OnlineTrainer(SavingTrainer):
         if train_dataset is None:
             raise ValueError("train_dataset: is missing; give rows with a prompt")
         plan = plan_server(args) if args.use_vllm and generator is None else None
-        init = dict(args.model_init_kwargs or {})
-        tokenizer = load_tokenizer(processing_class or source_of(model), revision=init.get("revision"))
-        policy = load_model(model, **init)
-        if args.disable_dropout:
-            switch_off_dropout(policy)
-        if peft_config is not None:
-            policy = with_adapter(policy, peft_config)
+        policy, tokenizer = load_policy(model, processing_class, args=args, peft_config=peft_config)
         encoder = PromptEncoder(tokenizer, template_kwargs=args.chat_template_kwargs)
         prompts_source = source_of_prompts(train_dataset)
         longest = prompt_limit(args, policy.config)
         train_dataset = prepare_prompts(train_dataset, encoder, args=args, max_tokens=longest)
         self._prepare_eval = partial(prepare_eval_prompts, encoder=encoder, args=args, max_tokens=longest)
-        rewards = reward_funcs if isinstance(reward_funcs, Rewards) else None
-        if rewards is None:
-            rewards = build_rewards(
-                reward_funcs, reward_weights=args.reward_weights, reward_processing_classes=reward_processing_classes, judge=judge
-            )
-        rewards.load()
+        rewards = build_rewards(
+            reward_funcs, reward_weights=args.reward_weights, reward_processing_classes=reward_processing_classes, judge=judge
+        )
         self.config = args
         self.reporter = Reporter(output=Path(str(args.output_dir)), world_size=args.world_size)
         super().__init__(
@@ -175,7 +157,7 @@ class OnlineTrainer(SavingTrainer):
         """The base model, frozen, that the loss compares with; None if it needs none, or a PEFT model without its adapter is it."""
         if not self.needs_reference or is_peft_model(self.model):
             return None
-        return copy.deepcopy(self.accelerator.unwrap_model(self.model)).eval().requires_grad_(False)
+        return frozen_copy(self.accelerator.unwrap_model(self.model), device=self.accelerator.device)
 
     @property
     @abstractmethod
@@ -301,7 +283,7 @@ class OnlineTrainer(SavingTrainer):
         """Answer the prompts of the eval dataset (of each, if there are several by name) with the current weights. Collective.
 
         Returns:
-            the metrics of training where they make sense, under TRL's names with the prefix.
+            the metrics of training where they make sense, under TRL's names with the prefix; none if a signal ended it, and the training.
         """
         prompts: Any = self.eval_dataset if eval_dataset is None else self._prepare_eval(eval_dataset)
         if prompts is None:
@@ -310,11 +292,25 @@ class OnlineTrainer(SavingTrainer):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in prompts.items()]
             return {name: value for part in parts for name, value in part.items()}
         self.push_weights()
-        found = evaluate(self.rollouts, prompts, config=self.config, accelerator=self.accelerator, policy_version=self.state.global_step)
+        try:
+            found = evaluate(
+                self.rollouts,
+                prompts,
+                config=self.config,
+                accelerator=self.accelerator,
+                policy_version=self.state.global_step,
+                stop=self.stop,
+            )
+        except StopRequested:
+            self.stop.stop_after_step(self.control)
+            return {}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
 
     # -- reporting and remembering ------------------------------------------------------------------------------------------------
 

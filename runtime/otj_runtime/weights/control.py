@@ -81,8 +81,9 @@ class GeneratorControl:
                 raise GeneratorNotReady(words)
             if time.monotonic() > end:
                 raise GeneratorNotReady(
-                    f"the generator at {self._host}:{self._port} did not answer within {deadline_s:.0f} s: read the log of container "
-                    "generator; a large model may need a higher generation.readyTimeoutSeconds"
+                    f"the generator at {self._host}:{self._port} did not answer within {deadline_s:.0f} s: read its log (of container "
+                    "generator in a pod, generator.log in the output folder elsewhere); a large model may need a higher "
+                    "generation.readyTimeoutSeconds"
                 )
             time.sleep(POLL_SECONDS)
 

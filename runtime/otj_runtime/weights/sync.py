@@ -247,7 +247,7 @@ class WeightSync:
                 written = self._write(ranks, writer, ticket, tensors)
             assert written is not None
             # The forward of a sharded model takes all ranks.
-            scores = self._score() if is_sharded(tensors) else None
+            scores = self._score() if is_sharded(tensors.values()) else None
         reshard(self._model)
 
         def finish() -> SyncReport:
@@ -313,7 +313,7 @@ class WeightSync:
 
     def _write(self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]) -> list[int] | None:
         """Write this rank's share; return the bytes of each rank, None if the version cannot be a patch."""
-        share = self._share(ranks, writer, tensors, is_sharded(tensors))
+        share = self._share(ranks, writer, tensors, is_sharded(tensors.values()))
         if not self._delta:
             return ranks.together(lambda: writer.write(ticket, share), phase="write")
         if self._patches is None:

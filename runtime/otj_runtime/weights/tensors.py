@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,9 +77,9 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def is_sharded(tensors: dict[str, PolicyTensor]) -> bool:
-    """Whether any tensor is spread over the ranks."""
-    return any(map(is_collective, tensors.values()))
+def is_sharded(tensors: Iterable[PolicyTensor]) -> bool:
+    """Whether any of a model's tensors is spread over the ranks: one rank alone cannot compute with it, nor make the tensor whole."""
+    return any(is_collective(available(tensor) if isinstance(tensor, torch.Tensor) else tensor) for tensor in tensors)
 
 
 def shares(tensors: tuple[TensorEntry, ...], *, ranks: int) -> list[list[str]]:

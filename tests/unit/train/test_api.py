@@ -13,20 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import otj_runtime
 from otj_runtime import GRPOConfig, GRPOTrainer, OnlineDPOConfig, OnlineDPOTrainer
-from otj_runtime.data.model import build_tiny
 
 ROWS = [{"prompt": text, "answer": "1"} for text in ("abc", "bcd", "cde", "def")]
 
 
 def constant(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(right) for right in answer]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny(folder)
-    return folder
 
 
 def test_importing_the_package_loads_no_torch() -> None:
@@ -48,19 +40,19 @@ def test_positional_arguments_are_the_seeds() -> None:
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_model_is_named_or_given(tiny: Path, tmp_path: Path, loaded: bool) -> None:
+def test_a_model_is_named_or_given(tiny_folder: Path, tmp_path: Path, loaded: bool) -> None:
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8, max_completion_length=2, max_steps=1)
-    model = AutoModelForCausalLM.from_pretrained(tiny) if loaded else str(tiny)
-    tokenizer = AutoTokenizer.from_pretrained(tiny) if loaded else None
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder) if loaded else str(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder) if loaded else None
     trainer = GRPOTrainer(model=model, reward_funcs=constant, args=args, train_dataset=ROWS, processing_class=tokenizer)
     trainer.train()
     assert trainer.state.global_step == 1
 
 
-def test_an_older_online_dpo_script_runs(tiny: Path, tmp_path: Path) -> None:
+def test_an_older_online_dpo_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
     args = OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8, max_new_tokens=2, max_steps=1)
-    reference = AutoModelForCausalLM.from_pretrained(tiny)
-    trainer = OnlineDPOTrainer(model=str(tiny), ref_model=reference, reward_model=constant, args=args, train_dataset=ROWS)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    trainer = OnlineDPOTrainer(model=str(tiny_folder), ref_model=reference, reward_model=constant, args=args, train_dataset=ROWS)
     assert trainer.reference is reference
     assert trainer.config.max_completion_length == 2
     trainer.train()

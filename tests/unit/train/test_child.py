@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from otj_runtime.api import DType
 from otj_runtime.api.spec import GenerationSpec
-from otj_runtime.data.model import build_tiny
 from otj_runtime.pod.errors import GeneratorNotReady
 from otj_runtime.train import child
 from otj_runtime.train.child import ChildGenerator, ServerPlan, plan_server
@@ -43,13 +41,6 @@ http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
 """
 
 PLAN = ServerPlan(generation=GenerationSpec(), dtype=DType.FLOAT32, placement=Placement(()))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny(folder)
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture

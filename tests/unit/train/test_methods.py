@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import HfArgumentParser
 
+from otj_runtime.pod.errors import RewardImportFailed
 from otj_runtime.rollout.types import Group
 from otj_runtime.train.batch import Selection
 from otj_runtime.train.config import GRPOConfig, OnlineConfig, OnlineDPOConfig
@@ -149,11 +151,40 @@ def test_without_adapters_a_policy_is_its_own_reference(tiny: tuple[Any, Any], t
         (OnlineDPOConfig, {"loss_type": "hinge"}, "loss_type: 'hinge' is unknown; use sigmoid or ipo"),
         (OnlineDPOConfig, {"beta": [0.1, 0.0]}, "beta: .* must be above 0"),
         (OnlineDPOConfig, {"missing_eos_penalty": -1.0}, "missing_eos_penalty: -1.0 must be above 0"),
+        (OnlineDPOConfig, {"max_length": 256}, "max_length: 256 leaves no token for a prompt beside a completion of 256"),
+        (GRPOConfig, {"beta": [0.1, 0.2]}, "beta: .* is a list, which only Online DPO has"),
+        (GRPOConfig, {"sync_ref_model": True}, "sync_ref_model: beta is 0, so there is no reference model"),
+        (GRPOConfig, {"sync_ref_model": True, "beta": 0.1, "ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha: 0.0 is no share"),
+        (GRPOConfig, {"sync_ref_model": True, "beta": 0.1, "ref_model_sync_steps": 0}, "ref_model_sync_steps: 0 is too few"),
+        (GRPOConfig, {"vllm_mode": "server"}, "vllm_mode: rank 0 starts vLLM by itself, on vllm_device"),
+        (GRPOConfig, {"vllm_guided_decoding_regex": "a+"}, "vllm_guided_decoding_regex: would change what the generator samples from"),
     ],
 )
 def test_an_argument_that_cannot_work_is_refused_with_the_reason(kind: type[OnlineConfig], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(output_dir="unused", use_cpu=True, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed", "means"),
+    [
+        (GRPOConfig, ["--scale_rewards", "false", "--ds3_gather_for_generation", "false"], {"scale_rewards": "none"}),
+        (GRPOConfig, ["--beta", "0.04", "--sync_ref_model", "--report_to", "tensorboard"], {"beta": 0.04, "report_to": ["tensorboard"]}),
+        (OnlineDPOConfig, ["--beta", "0.2", "0.1", "--judge", "pair_rm"], {"beta": [0.2, 0.1], "judge": "pair_rm"}),
+        (OnlineDPOConfig, ["--max_length", "300", "--max_new_tokens", "200", "--dataset_num_proc", "4"], {"max_prompt_length": 100}),
+    ],
+)
+def test_scripts_for_older_trl_bring_their_arguments_on_the_command_line(
+    kind: type[OnlineConfig], typed: list[str], means: dict[str, Any]
+) -> None:
+    args, *_ = HfArgumentParser(kind).parse_args_into_dataclasses(["--output_dir", "unused", "--use_cpu", *typed])
+    assert {name: getattr(args, name) for name in means} == means
+
+
+def test_a_reward_model_may_stand_in_the_arguments(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    args = OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True, reward_model_path="/no/such/reward-model")
+    with pytest.raises(RewardImportFailed, match="/no/such/reward-model"):
+        OnlineDPOTrainer(copy.deepcopy(tiny[0]), args=args, processing_class=tiny[1], train_dataset=[{"prompt": "ab="}])
 
 
 def test_neutral_sampling_arguments_are_welcome() -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
-import torch
 from transformers import TrainerCallback
 
-from otj_runtime.data.model import build_tiny
 from otj_runtime.data.tasks import make_samples
 from otj_runtime.pod.errors import DatasetInvalid, InvalidSpec
 from otj_runtime.pod.metrics import MetricsLine, read_metrics
 from otj_runtime.rewards import position_match
+from otj_runtime.train.checkpoints import complete_checkpoints
 from otj_runtime.train.config import GRPOConfig, OnlineDPOConfig
 from otj_runtime.train.grpo import GRPOTrainer
 from otj_runtime.train.online_dpo import OnlineDPOTrainer
 from otj_runtime.train.trainer import OnlineTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BASE: dict[str, Any] = {
     "use_cpu": True,
@@ -33,22 +36,7 @@ BASE: dict[str, Any] = {
 SAMPLES = make_samples("copy", {"length": 4, "size": 64}, seed=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny(folder)
-    return str(folder)
-
-
-def grpo(model: str, output: Path, *, rewards: Any = position_match, dataset: Any = SAMPLES.train, **changes: Any) -> OnlineTrainer:
+def grpo(model: Path, output: Path, *, rewards: Any = position_match, dataset: Any = SAMPLES.train, **changes: Any) -> OnlineTrainer:
     arguments = {name: changes.pop(name) for name in ("eval_dataset", "callbacks") if name in changes}
     return GRPOTrainer(model, rewards, args=GRPOConfig(output_dir=str(output), **BASE | changes), train_dataset=dataset, **arguments)
 
@@ -57,12 +45,12 @@ def lines_of(output: Path) -> list[MetricsLine]:
     return read_metrics(output / "metrics.jsonl")[0]
 
 
-def test_every_completion_is_in_the_table_with_what_it_earned(tiny: str, tmp_path: Path) -> None:
+def test_every_completion_is_in_the_table_with_what_it_earned(tiny_folder: Path, tmp_path: Path) -> None:
     def length(completions: list[str], log_extra: Any, **_: Any) -> list[float | None]:
         log_extra("upper", [text.upper() for text in completions])
         return [None if not text else float(len(text)) for text in completions]
 
-    grpo(tiny, tmp_path, rewards=[position_match, length], log_completions=True).train()
+    grpo(tiny_folder, tmp_path, rewards=[position_match, length], log_completions=True).train()
     assert [path.name for path in sorted((tmp_path / "completions").iterdir())] == [
         "completions_00001.parquet",
         "completions_00002.parquet",
@@ -78,14 +66,14 @@ def test_every_completion_is_in_the_table_with_what_it_earned(tiny: str, tmp_pat
     assert max(advantages) > 0 > min(advantages)
 
 
-def test_held_out_prompts_are_answered_while_training_and_trackers_get_everything(tiny: str, tmp_path: Path) -> None:
+def test_held_out_prompts_are_answered_while_training_and_trackers_get_everything(tiny_folder: Path, tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
 
     class Tracker(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
             seen.append(dict(logs or {}))
 
-    trainer = grpo(tiny, tmp_path, eval_dataset=SAMPLES.held_out, eval_strategy="steps", eval_steps=1, callbacks=[Tracker()])
+    trainer = grpo(tiny_folder, tmp_path, eval_dataset=SAMPLES.held_out, eval_strategy="steps", eval_steps=1, callbacks=[Tracker()])
     trainer.train()
     evaluated = [logs for logs in seen if "eval_reward" in logs]
     assert len(evaluated) == 2
@@ -97,33 +85,51 @@ def test_held_out_prompts_are_answered_while_training_and_trackers_get_everythin
     assert trainer.evaluate({"some": some})["eval_some_reward"] == trainer.evaluate(some)["eval_reward"], "greedy answers differ"
 
 
-def test_what_a_reward_logs_and_reads_of_the_state_reaches_it(tiny: str, tmp_path: Path) -> None:
+def test_a_signal_ends_an_evaluation_and_the_training_with_a_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    unseen = {sample["prompt"] for sample in SAMPLES.held_out}
+    evaluated: list[int] = []
+
+    def ends(prompts: list[str], **_: Any) -> list[float]:
+        if prompts[0] in unseen:
+            evaluated.append(len(prompts))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [0.0] * len(prompts)
+
+    changes = {"eval_dataset": SAMPLES.held_out, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 16}
+    trainer = grpo(tiny_folder, tmp_path, rewards=ends, metric_for_best_model="eval_reward", **changes)
+    trainer.train()
+    assert evaluated == [16]
+    assert trainer.stop.stopped
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+def test_what_a_reward_logs_and_reads_of_the_state_reaches_it(tiny_folder: Path, tmp_path: Path) -> None:
     def curriculum(completions: list[str], trainer_state: Any, log_metric: Any, **_: Any) -> list[float]:
         log_metric("curriculum/step", trainer_state.global_step)
         return [float(len(text)) for text in completions]
 
-    grpo(tiny, tmp_path, rewards=curriculum).train()
+    grpo(tiny_folder, tmp_path, rewards=curriculum).train()
     assert [line.metrics["curriculum/step"] for line in lines_of(tmp_path)] == [0.0, 1.0]
 
 
-def test_a_judge_takes_the_place_of_rewards_in_online_dpo(tiny: str, tmp_path: Path) -> None:
+def test_a_judge_takes_the_place_of_rewards_in_online_dpo(tiny_folder: Path, tmp_path: Path) -> None:
     def judge(prompts: list[str], pairs: list[list[str]]) -> list[int]:
         return [int(len(b) > len(a)) for a, b in pairs]
 
     args = OnlineDPOConfig(output_dir=str(tmp_path), **BASE | {"num_generations": 4})
-    OnlineDPOTrainer(tiny, judge=judge, args=args, train_dataset=SAMPLES.train).train()
+    OnlineDPOTrainer(tiny_folder, judge=judge, args=args, train_dataset=SAMPLES.train).train()
     [first, _] = lines_of(tmp_path)
     assert first.metrics["rewards/judge/mean"] == pytest.approx(0.5), "wins and losses of a group cancel"
 
 
-def test_a_stream_is_trained_on_and_needs_a_number_of_steps(tiny: str, tmp_path: Path) -> None:
+def test_a_stream_is_trained_on_and_needs_a_number_of_steps(tiny_folder: Path, tmp_path: Path) -> None:
     class Endless:
         def __iter__(self) -> Iterator[dict[str, Any]]:
             return iter(SAMPLES.train)
 
-    grpo(tiny, tmp_path, dataset=Endless()).train()
+    grpo(tiny_folder, tmp_path, dataset=Endless()).train()
     assert [line.step for line in lines_of(tmp_path)] == [1, 2]
     with pytest.raises(InvalidSpec, match=r"training\.max_steps: a streaming dataset has no length"):
-        grpo(tiny, tmp_path, dataset=Endless(), max_steps=-1)
+        grpo(tiny_folder, tmp_path, dataset=Endless(), max_steps=-1)
     with pytest.raises(DatasetInvalid, match="eval_dataset: a streaming dataset has no end"):
-        grpo(tiny, tmp_path, eval_dataset=Endless())
+        grpo(tiny_folder, tmp_path, eval_dataset=Endless())

@@ -79,7 +79,7 @@ def test_a_parameter_that_zero3_has_cut_is_gathered_when_it_is_written(monkeypat
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered_parameters)))
     tensors = policy_tensors(model)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"weight": (3, 2), "bias": (3,)}
-    assert is_sharded(tensors)
+    assert is_sharded(tensors.values())
     assert gathering == []
     copy = whole(tensors["weight"])
     assert torch.equal(copy, kept)
