@@ -205,17 +205,18 @@ class ChildGenerator:
             time.sleep(PAUSE_SECONDS)
 
     def _start(self) -> subprocess.Popen[bytes] | None:
-        with self._lock, self.log.open("ab") as log:
-            if self._closed:
+        with self._lock:
+            if self._closed:  # and the log's folder may be gone
                 return None
-            self._shim = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C is the trainer's to answer
-            )
+            with self.log.open("ab") as log:
+                self._shim = subprocess.Popen(
+                    self._command,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a terminal's Ctrl-C is the trainer's to answer
+                )
             return self._shim
 
     def _last_words(self) -> str:
