@@ -303,6 +303,7 @@ class OnlineTrainer(SavingTrainer):
             )
         except StopRequested:
             self.stop.stop_after_step(self.control)
+            self.control.should_evaluate = False  # on_evaluate would say so; the end of the epoch would begin another one
             return {}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
