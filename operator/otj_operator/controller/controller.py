@@ -111,8 +111,9 @@ class Controller:
         version = await self._cluster.preferred_version(names.KUEUE)
         self._reconciler.workloads = Resource(names.KUEUE, version, "workloads") if version is not None else None
         for namespace in self._settings.namespaces or (None,):
-            parents = await self._list(ONLINE_TRAINING_JOBS, Parent, self._cache.parents, "", namespace)
+            # Jobs first: the other way round, one deleted with its parent between the listings would leave a parent that seems to have none.
             jobs = await self._list(JOBS, JobView, self._cache.jobs, OWN, namespace)
+            parents = await self._list(ONLINE_TRAINING_JOBS, Parent, self._cache.parents, "", namespace)
             pods = await self._list(PODS, PodView, self._cache.pods, f"{OWN},{names.JOB_LABEL}", namespace)
             workloads: set[Key] = set()
             if self.workloads is not None:
