@@ -40,7 +40,7 @@ format: setup  ## Rewrite the code in the house style
 
 test: setup  ## Every test that needs no cluster: fast ones first, then those with real servers
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not integration and not e2e and not nightly'
-	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'integration and not nightly' --durations=25
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m 'integration and not nightly' --durations=25
 
 nightly: setup  ## What takes too long for every change: many more examples and the slow cases with real servers
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -m 'not integration and not e2e'

@@ -19,6 +19,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 CONTRACT = Path(__file__).parent / "contract"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each test the group that `--dist loadgroup` keeps in one process."""
     for item in items:

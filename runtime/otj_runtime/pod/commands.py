@@ -161,6 +161,8 @@ def server_environment(device: Device) -> dict[str, str]:
     if device is Device.CPU:
         # The default keeps a core idle; a generator and a trainer that take turns on few cores need all of them.
         environment |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        # Trainer and generator take turns on the same cores: threads that spin while they wait would take them from the other side.
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
         # Eager leaves vLLM's small compiled helpers (the rank of a prompt's tokens); on a CPU they need a C++ compiler at run time.
         environment |= {"TORCHDYNAMO_DISABLE": "1"}
     return environment
