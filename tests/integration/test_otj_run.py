@@ -124,20 +124,17 @@ def troubled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, i
     return run_dir, step, step + 3
 
 
-@pytest.mark.xdist_group("otj_run_troubled")
 def test_a_stopped_run_goes_on_from_the_checkpoint_it_saved(troubled_run: tuple[Path, int, int]) -> None:
     run_dir, _, last = troubled_run
     lines, _ = read_metrics(run_dir / "output" / "metrics.jsonl")
     assert [line.step for line in lines if line.metrics] == list(range(1, last + 1))
 
 
-@pytest.mark.xdist_group("otj_run_troubled")
 def test_a_killed_generator_costs_no_step_and_comes_back_with_the_current_weights(troubled_run: tuple[Path, int, int]) -> None:
     lines, _ = read_metrics(troubled_run[0] / "output" / "metrics.jsonl")
     assert max(line.metrics["sampling/sampling_logp_difference/max"] for line in lines if line.metrics) < 1e-3
 
 
-@pytest.mark.xdist_group("otj_run_bad_input")
 @pytest.mark.parametrize(
     ("change", "reason", "words", "deadline_s"),
     [
