@@ -118,7 +118,13 @@ def test_a_queue_cannot_change_once_the_job_is_in_it(server: ApiServer) -> None:
 
 def test_the_api_server_fills_in_the_defaults_that_users_see(server: ApiServer) -> None:
     stored = json.loads(server.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(VALID)))["spec"]
-    assert stored["generation"] == {"gpus": 1, "gpuMemoryUtilization": 0.9, "enablePrefixCaching": True, "readyTimeoutSeconds": 900}
+    assert stored["generation"] == {
+        "gpus": 1,
+        "gpuMemoryUtilization": 0.9,
+        "weightTransfer": "auto",
+        "enablePrefixCaching": True,
+        "readyTimeoutSeconds": 900,
+    }
     assert stored["accelerator"] == {"device": "cuda"}
     assert (stored["backoffLimit"], stored["suspend"], stored["nodes"]) == (3, False, 1)
 

@@ -42,6 +42,7 @@ EVERYTHING: Object = {
         "gpuMemoryUtilization": 0.7,
         "maxModelLen": 4096,
         "dtype": "float16",
+        "weightTransfer": "delta",
         "enablePrefixCaching": False,
         "extraArgs": ["--seed", "7"],
         "readyTimeoutSeconds": 77,
@@ -150,6 +151,7 @@ def test_what_the_launcher_must_know_is_in_its_configuration(containers: dict[st
     for name in ("algorithm", "training", "accelerate", "rollout", "rewards"):
         assert config[name] == EVERYTHING[name]
     assert config["lora"]["rank"] == 4
+    assert config["weightTransfer"] == "delta"
     assert EVERYTHING["dataset"].items() <= config["dataset"].items()
     expected = {
         "modelName": "org/model",

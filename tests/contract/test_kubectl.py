@@ -28,6 +28,7 @@ PROGRESS = Progress(
     seconds_per_step="1.5",
     tokens_per_second="812",
     sync_seconds="0.5",
+    weight_transfer="mailbox, 6.18 GB/s: asked for",
     staleness="1",
     trainer_idle="0.4",
     generator_idle="0.55",

@@ -24,7 +24,7 @@ from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases
 from otj_runtime.weights.layout import Layout, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
-from otj_runtime.weights.probe import EXACT_BOUND, random_sequences
+from otj_runtime.weights.probe import EXACT_BOUND, random_sequences, trainer_scores
 from otj_runtime.weights.sync import WeightSync
 from otj_runtime.weights.tensors import policy_tensors
 from tests.integration.conftest import Generator
@@ -214,6 +214,28 @@ def test_deltas_arrive_as_whole_weights_do_and_come_back_after_a_restart(tied_se
     report = sync.push(85)
     assert (report.attempts, report.patched) == (1, False)  # too many changes
     assert _proven(sync, 85) <= EXACT_BOUND
+
+
+def test_a_trainer_that_speaks_vllms_own_interface_reaches_the_generator(tied_server: Generator) -> None:
+    from vllm.distributed.weight_transfer.base import ModuleSource
+    from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.plugins import load_general_plugins
+
+    from otj_runtime.weights.vllm_trainer import MailboxTrainerInitInfo
+
+    load_general_plugins()
+    model = _load(tied_server.model)
+    info = MailboxTrainerInitInfo(path=f"{tied_server.config.mailbox}/other.mailbox", dtype="float32", rank=0)
+    engine = WeightTransferTrainerFactory.trainer_init(info, client=HTTPVLLMWeightSyncClient(tied_server.url), source=ModuleSource(model))
+    Installer(tied_server.control, Path(info.path), None).open()  # of a trainer that is gone
+    for version in ("1", "2"):
+        _perturb(model, "proj", seed=int(version))
+        engine.send_weights()
+        assert tied_server.control.weight_version() == version
+        tied_server.control.reset_prefix_cache()
+        scores = trainer_scores(model, SEQUENCES, DType.FLOAT32).logprobs
+        assert _largest_difference(_scores(tied_server), scores) <= EXACT_BOUND
 
 
 def test_an_absent_generator_fails_the_push_after_its_deadline(tied_model: Path, tmp_path: Path) -> None:

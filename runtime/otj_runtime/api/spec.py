@@ -89,6 +89,11 @@ class GenerationSpec(ApiModel):
     )
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus completion, in tokens. Default: the model's own limit.")
     dtype: DType | None = Field(None, description="Type of the generator's weights. Default: bfloat16 on cuda, float32 on cpu.")
+    weight_transfer: Literal["auto", "mailbox", "delta"] = Field(
+        "auto",
+        description="How weights reach the generator after a step: mailbox sends all through shared memory, delta only what changed, for a "
+        "copy of the weights in the training accelerators' memory. progress.weightTransfer says what was chosen and why. Default: auto.",
+    )
     enable_prefix_caching: bool = Field(True, description="Keep the keys and values of shared prompts between requests. Default: true.")
     extra_args: list[Annotated[str, Field(max_length=4096)]] = Field(
         default_factory=list, max_length=64, description="Further arguments of the vLLM server, passed as they are. Default: none."
@@ -216,6 +221,9 @@ class AcceleratorSpec(ApiModel):
     resource_name: ShortText | None = Field(
         None, description="Extended resource each GPU requests. Default: nvidia.com/gpu on cuda, none on cpu."
     )
+
+
+_DELTA = "(has(self.generation) && has(self.generation.weightTransfer) && self.generation.weightTransfer == 'delta')"
 
 
 class OnlineTrainingJobSpec(ApiModel):
@@ -351,6 +359,17 @@ class OnlineTrainingJobSpec(ApiModel):
             "|| self.rollout.staleness == 0",
             message="lora.sync: an adapter is loaded between requests, so with rollout.staleness the weights must go merged",
             holds=lambda s: s.lora is None or s.lora.sync == "merged" or s.rollout.staleness == 0,
+        ),
+        Rule(
+            cel=f"!{_DELTA} || (!has(self.trainer) && (!has(self.lora) || !has(self.lora.sync) || self.lora.sync == 'merged'))",
+            message="generation.weightTransfer: delta is for the built-in trainer, and for all weights; say auto",
+            holds=lambda s: s.generation.weight_transfer != "delta" or (s.trainer is None and (s.lora is None or s.lora.sync == "merged")),
+        ),
+        Rule(
+            cel=f"!{_DELTA} || (has(self.generation.dtype) ? self.generation.dtype != 'float32' : "
+            "(!has(self.accelerator) || !has(self.accelerator.device) || self.accelerator.device != 'cpu'))",
+            message="generation.weightTransfer: delta needs generation.dtype bfloat16 or float16, every float32 weight changes at every step",
+            holds=lambda s: s.generation.weight_transfer != "delta" or s.generator_dtype is not DType.FLOAT32,
         ),
         Rule(
             cel="!has(self.trainer) || !has(self.rewards) || self.rewards.size() == 0",

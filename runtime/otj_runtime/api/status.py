@@ -161,6 +161,9 @@ class Progress(ApiModel):
     seconds_per_step: Reading = Field(None, description="Duration of recent steps, in seconds.")
     tokens_per_second: Reading = Field(None, description="Completion tokens generated per second of recent steps.")
     sync_seconds: Reading = Field(None, description="Duration of the last weight sync, in seconds.")
+    weight_transfer: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="How weights reach the generator, the speed of the last weight sync, and why this way."
+    )
     staleness: Reading = Field(None, description="Weight versions between sampling and use, the mean of the last step.")
     trainer_idle: Reading = Field(None, description="Share of the last steps in which the trainer waited, 0 to 1.")
     generator_idle: Reading = Field(None, description="Share of the last steps in which the generator waited, 0 to 1.")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from otj_runtime.api import Progress
 from otj_runtime.pod.metrics import LauncherReport, TrainerStatus
 from otj_runtime.pod.split import advice_text
+from otj_runtime.pod.transfer import Transfer
 
 REWARD_NAMES = ("reward", "objective/scores")
 """Metrics that hold the mean reward: our name and TRL's GRPOTrainer's, then the name of TRL's OnlineDPOTrainer."""
@@ -25,9 +26,14 @@ READINGS: dict[str, tuple[str, ...]] = {
 
 
 class Board:
-    """The latest state of the run."""
+    """The latest state of the run.
 
-    def __init__(self) -> None:
+    Args:
+        transfer: how weights reach the generator, where that is known.
+    """
+
+    def __init__(self, transfer: Transfer | None = None) -> None:
+        self._transfer = transfer
         self.generator_ready = False
         self.ended = False
         self.startup: dict[str, float] = {}
@@ -113,6 +119,13 @@ class Board:
         numbers = {name: self.number(name) for name in ("split/generation_gpus", "step_time", "split/step_time")}
         return advice_text({name: value for name, value in numbers.items() if value is not None})
 
+    def _weight_transfer(self) -> str | None:
+        """The way of the weights, with the speed of the last sync."""
+        if self._transfer is None:
+            return None
+        sent, seconds = self.number("sync/bytes"), self.number("sync/total_s")
+        return self._transfer.describe(sent / 1e9 / seconds if sent is not None and seconds else None)
+
     def report(self) -> LauncherReport:
         """The progress document."""
         readings = {field: self._first(names) for field, names in READINGS.items()}
@@ -123,6 +136,7 @@ class Board:
             total_steps=total,
             **{field: None if value is None else f"{value:.4g}" for field, value in readings.items()},
             advice=self._advice(),
+            weight_transfer=self._weight_transfer(),
             seconds_per_step=None if seconds is None else f"{seconds:.4g}",
             remaining_seconds=self._remaining_seconds(),
             policy_version=self._count("policy_version"),

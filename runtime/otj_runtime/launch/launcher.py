@@ -30,6 +30,7 @@ from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import ExitCode, FailureNote, RunError, Stalled, Terminated, WorldSizeMismatch, exit_code
 from otj_runtime.pod.processes import become_subreaper
 from otj_runtime.pod.startup import StartUp
+from otj_runtime.pod.transfer import choose
 
 TRAIN_MODULE = "otj_runtime.train"
 SCRIPT_MODULE = "otj_runtime.compat"
@@ -50,7 +51,7 @@ class Launcher:
         self._module = module or (SCRIPT_MODULE if config.script else TRAIN_MODULE)
         self._patience = patience
         self._directory = Path(config.run_directory)
-        self._board = Board()
+        self._board = Board(choose(config))
         self._startup = StartUp.of(config)
         self._generator = GeneratorWatch(
             config.generator_url,

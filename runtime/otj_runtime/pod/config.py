@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -57,6 +57,7 @@ class PodConfig(ApiModel):
     generator_gpus: int
     generator_engines: int = Field(1, description="Copies of the model in the generator, each on tensorParallelSize accelerators.")
     generator_dtype: DType
+    weight_transfer: Literal["auto", "mailbox", "delta"] = Field("auto", description="What is asked for; `transfer` chooses.")
     generator_url: str
     generator_max_model_len: int | None = None
     generator_ready_timeout_seconds: int
@@ -121,6 +122,7 @@ def resolve(job: OnlineTrainingJob, layout: Layout = Layout(), *, output: str | 
         generator_gpus=spec.generation.gpus,
         generator_engines=spec.generation.engines,
         generator_dtype=spec.generator_dtype,
+        weight_transfer=spec.generation.weight_transfer,
         generator_url=f"http://{layout.host}:{layout.generator_port}",
         generator_max_model_len=spec.generation.max_model_len,
         generator_ready_timeout_seconds=spec.generation.ready_timeout_seconds,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from otj_runtime.api import DType
 from otj_runtime.pod.config import PodConfig
+from otj_runtime.pod.transfer import choose
 from otj_runtime.rollout.vllm_engine import VLLMEngine
 from otj_runtime.train.sampling import Exclusive
 from otj_runtime.weights.adapter import AdapterSync
@@ -31,6 +33,7 @@ class Generator:
         ready_timeout_s: how long it may take to start, in seconds.
         engines: copies of the model behind it.
         adapter_only: whether it loaded the model itself and gets a LoRA adapter only.
+        delta: whether it gets what changed instead of all weights, where that is less.
     """
 
     url: str
@@ -39,17 +42,21 @@ class Generator:
     ready_timeout_s: float
     engines: int = 1
     adapter_only: bool = False
+    delta: bool = False
 
 
 def pod_generator(config: PodConfig) -> Generator:
     """The generator that the pod brings."""
+    transfer = choose(config)
+    print(f"weights: {transfer.describe(None)}", flush=True)
     return Generator(
         url=config.generator_url,
         mailbox=Path(config.mailbox),
         dtype=config.generator_dtype,
         ready_timeout_s=float(config.generator_ready_timeout_seconds),
         engines=config.generator_engines,
-        adapter_only=config.lora is not None and config.lora.sync == "adapter",
+        adapter_only=transfer.kind == "adapter",
+        delta=transfer.kind == "delta",
     )
 
 
@@ -77,7 +84,7 @@ def connect(
         prompts: token ids of the run's prompts, the same on every rank; the first few are what the weight sync proves itself with.
         failure: says why the generator will never answer, where somebody knows.
     """
-    kind = AdapterSync if generator.adapter_only else WeightSync
+    kind = AdapterSync if generator.adapter_only else partial(WeightSync, delta=generator.delta)
     weights = kind(
         model=model,
         directory=generator.mailbox,

@@ -1,4 +1,5 @@
-"""The mailbox as a backend of vLLM's weight transfer: the worker's half. With `vllm_install` the only code that touches vLLM's classes.
+"""The mailbox as a backend of vLLM's weight transfer: the worker's half. With `vllm_install` and `vllm_trainer` the only code that
+touches vLLM's classes.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in each of its processes. Chosen by
 `--weight-transfer-config '{"backend": "otj_mailbox"}'`. The phases are vLLM's own, so that anybody's trainer can drive them:
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 import vllm
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -36,10 +37,10 @@ from otj_runtime.weights.mailbox import MailboxReader
 from otj_runtime.weights.plan import Plan, record
 from otj_runtime.weights.staging import DeviceStaging, HostStaging, Staging
 from otj_runtime.weights.vllm_install import offer_installation
+from otj_runtime.weights.vllm_trainer import BACKEND, MailboxTrainerEngine
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "otj_mailbox"
 SUPPORTED = ((0, 32), (0, 33))
 """First version of vLLM that this works with, and the first that was not tried. The classes used here have had their shape since
 0.28, but only 0.32 says in its answers which weights produced each token, without which a rollout cannot be trusted."""
@@ -69,6 +70,7 @@ def register() -> None:
     """Make the backend known to vLLM. May be called more than once in a process."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, MailboxEngine)
+        WeightTransferTrainerFactory.register_engine(BACKEND, MailboxTrainerEngine)
     offer_installation()
 
 

@@ -123,6 +123,30 @@ INVALID = [
         {"lora.sync": "adapter", "rollout.staleness": 1},
         "lora.sync: an adapter is loaded between requests, so with rollout.staleness the weights must go merged",
     ),
+    Invalid(
+        "deltas of a script's weights",
+        {"dataset": None, "trainer.command": SCRIPT, "generation.weightTransfer": "delta"},
+        "generation.weightTransfer: delta is for the built-in trainer, and for all weights; say auto",
+    ),
+    Invalid(
+        "deltas of an adapter",
+        {"lora.sync": "adapter", "generation.weightTransfer": "delta"},
+        "generation.weightTransfer: delta is for the built-in trainer, and for all weights; say auto",
+    ),
+    *(
+        Invalid(
+            f"deltas of float32 weights {where}",
+            changes | {"generation.weightTransfer": "delta"},
+            "generation.weightTransfer: delta needs generation.dtype bfloat16 or float16",
+        )
+        for where, changes in {"on CPUs": {"accelerator.device": "cpu"}, "by name": {"generation.dtype": "float32"}}.items()
+    ),
+    Invalid(
+        "a transfer that a pod has not",
+        {"generation.weightTransfer": "ipc"},
+        'spec.generation.weightTransfer: Unsupported value: "ipc"',
+        "spec.generation.weightTransfer",
+    ),
     Invalid("an adapter of rank 0", {"lora.rank": 0}, "spec.lora.rank in body should be greater than or equal to 1", "spec.lora.rank"),
     *(
         Invalid(

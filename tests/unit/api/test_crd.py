@@ -60,7 +60,13 @@ def test_every_column_shows_a_field_of_the_schema() -> None:
 def test_server_side_defaults_are_those_of_the_models() -> None:
     filled = _filled(VALID["spec"], object_schema()["properties"]["spec"])
     assert parse_job(VALID | {"spec": filled}).spec == parse_job(VALID).spec
-    assert filled["generation"] == {"gpus": 1, "gpuMemoryUtilization": 0.9, "enablePrefixCaching": True, "readyTimeoutSeconds": 900}
+    assert filled["generation"] == {
+        "gpus": 1,
+        "gpuMemoryUtilization": 0.9,
+        "weightTransfer": "auto",
+        "enablePrefixCaching": True,
+        "readyTimeoutSeconds": 900,
+    }
 
 
 def test_no_default_fills_a_required_object() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from otj_runtime.launch.board import Board
 from otj_runtime.pod.metrics import Metric, TrainerStatus
+from otj_runtime.pod.transfer import Transfer
 
 
 def status(remaining: int | None = None, **metrics: object) -> TrainerStatus:
@@ -81,3 +82,10 @@ def test_a_faster_split_is_advised_with_its_estimate_and_none_where_there_is_non
     assert board.report().progress.advice == "generation.gpus: 3 would take about 2.8 s a step instead of 8 s, for the same batch"
     board.absorb(status(**{"split/generation_gpus": 1, "split/step_time": 8.0}), now=2.0)
     assert board.report().progress.advice is None
+
+
+def test_the_way_of_the_weights_is_shown_with_its_reason_and_the_speed_of_the_last_sync() -> None:
+    board = Board(Transfer("delta", "asked for"))
+    assert board.report().progress.weight_transfer == "delta: asked for"
+    board.absorb(status(**{"sync/bytes": 3e9, "sync/total_s": 0.1}), now=1.0)
+    assert board.report().progress.weight_transfer == "delta, 30 GB/s: asked for"

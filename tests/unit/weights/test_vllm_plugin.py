@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 import pytest
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+import torch
+from vllm.distributed.weight_transfer.base import ModuleSource
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
-from otj_runtime.weights.errors import UnsupportedVLLM
-from otj_runtime.weights.vllm_plugin import BACKEND, MailboxEngine, register, require_supported
+from otj_runtime.weights.errors import MailboxError, UnsupportedVLLM
+from otj_runtime.weights.mailbox import MailboxReader
+from otj_runtime.weights.vllm_plugin import MailboxEngine, MailboxInitInfo, MailboxUpdateInfo, register, require_supported
+from otj_runtime.weights.vllm_trainer import BACKEND, MailboxTrainerEngine, MailboxTrainerInitInfo
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1rc1", "0.32.0+cpu"])
@@ -28,7 +34,77 @@ def test_vllm_finds_the_backend_and_may_register_it_twice() -> None:
     register()
     register()
     assert WeightTransferEngineFactory._registry[BACKEND]() is MailboxEngine
+    assert WeightTransferTrainerFactory._registry[BACKEND]() is MailboxTrainerEngine
 
 
-def test_the_engine_leaves_nothing_of_vllms_interface_open() -> None:
+def test_the_engines_leave_nothing_of_vllms_interface_open() -> None:
     assert not MailboxEngine.__abstractmethods__
+    assert not MailboxTrainerEngine.__abstractmethods__
+
+
+class Client:
+    """A generator that reads the mailbox when an update is finished, as a worker does, by vLLM's protocol."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.open = False
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.reader = MailboxReader(Path(MailboxInitInfo(**init_info).path))
+
+    def start_weight_update(self) -> None:
+        if self.open:
+            raise RuntimeError("start_weight_update called while a weight update is already active")
+        self.open = True
+        self.calls.append("start")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        info = MailboxUpdateInfo(**update_info)
+        if info.version < 0:
+            self.open = False
+            raise RuntimeError("the update was given up")
+        self.calls.append(f"update {info.version}")
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.open = False
+        self.calls.append(f"finish {weight_version}")
+        with self.reader.reading(int(weight_version or -1)) as found:
+            self.seen = {name: tensor.clone() for name, tensor in found}
+
+
+def test_a_trainer_that_speaks_vllms_interface_sends_through_the_mailbox(tmp_path: Path) -> None:
+    register()
+    client, model = Client(), torch.nn.Linear(3, 5)
+    info = {"path": str(tmp_path / "policy.mailbox"), "dtype": "bfloat16"}
+    sender, other = (
+        WeightTransferTrainerFactory.trainer_init(MailboxTrainerInitInfo(**info, rank=rank), client=client, source=ModuleSource(model))
+        for rank in (0, 1)
+    )
+    for version in ("1", "2"):
+        for rank in (other, sender):
+            rank.send_weights()
+        assert client.calls[-3:] == ["start", f"update {version}", f"finish {version}"]
+        assert all(torch.equal(client.seen[name], value.bfloat16()) for name, value in model.named_parameters())
+        with torch.no_grad():
+            model.weight += 1
+    assert len(client.calls) == 6
+
+
+def test_an_update_that_another_trainer_left_open_is_given_up(tmp_path: Path) -> None:
+    client, model = Client(), torch.nn.Linear(3, 5)
+    info = MailboxTrainerInitInfo(path=str(tmp_path / "policy.mailbox"), dtype="float32", rank=0)
+    sender = MailboxTrainerEngine.trainer_init(info, client=client, source=ModuleSource(model))
+    client.start_weight_update()
+    sender.send_weights()
+    assert client.calls == ["start", "start", "update 1", "finish 1"]
+
+
+def test_a_trainer_without_a_source_or_with_integers_is_refused(tmp_path: Path) -> None:
+    info = MailboxTrainerInitInfo(path=str(tmp_path / "policy.mailbox"), dtype="float32", rank=0)
+    with pytest.raises(ValueError, match="give trainer_init a WeightSource"):
+        MailboxTrainerEngine.trainer_init(info, client=Client())
+    model = torch.nn.Module()
+    model.register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(MailboxError, match=r"parameter packed is torch\.int8"):
+        MailboxTrainerEngine.trainer_init(info, client=Client(), source=ModuleSource(model))
