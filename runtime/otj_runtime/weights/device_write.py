@@ -1,6 +1,6 @@
 """The trainer's writes from a GPU: copies by the copy engine, arrival noted while they go on, checksums computed beside them.
 
-    copy stream      tensor after tensor: cast on the GPU if need be, device to host; an event every `RUN_BYTES`
+    copy stream      tensor after tensor, large ones in parts: cast on the GPU if need be, device to host; an event every `RUN_BYTES`
     this thread      as events pass: note(...) what has arrived, so that the generator stages it already
     checksum stream  one launch over all tensors, where they lie; afterwards the checksums are noted
 
@@ -39,7 +39,9 @@ class DeviceWrite:
     def __init__(self, writer: MailboxWriter, device: torch.device) -> None:
         self._writer, self._device = writer, device
         self._copying, self._summing = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._events: deque[tuple[torch.cuda.Event, list[int]]] = deque()
+        self._events: deque[tuple[torch.cuda.Event, list[tuple[int, int]]]] = deque()
+        self._run: list[tuple[int, int]] = []  # positions, and how many bytes of each will have arrived
+        self._run_bytes = 0
         self._kept: list[tuple[int, torch.Tensor]] = []
         self._places: dict[tuple[int, int], torch.Tensor] = {}
         self._written = 0
@@ -48,61 +50,68 @@ class DeviceWrite:
     def write(self, ticket: Ticket, tensors: Iterable[tuple[int, torch.Tensor]]) -> int:
         """Write tensors, given by their position in the layout; return their bytes when all have arrived."""
         self._events.clear()
-        self._kept, self._written = [], 0
-        run: list[int] = []
-        size = made = 0
+        self._kept, self._run, self._run_bytes, self._written = [], [], 0, 0
+        made = 0
         for position, tensor in tensors:
             source = tensor.detach().contiguous()
             if not self._kept or not isinstance(tensor, torch.nn.Parameter):
                 self._copying.wait_stream(torch.cuda.current_stream(self._device))  # what made it is work of the current stream
-            with torch.cuda.stream(self._copying):
-                self._place(ticket, position).copy_(source, non_blocking=True)
+            self._copy(ticket, position, source.view(-1))
             self._kept.append((position, source))
-            run.append(position)
-            size += self._writer.layout.tensors[position].nbytes
             made += 0 if isinstance(tensor, torch.nn.Parameter) else source.nbytes
-            if size >= RUN_BYTES or made >= MADE_BYTES:
-                self._mark(run)
-                run, size = [], 0
             if made >= MADE_BYTES:
                 self._settle(ticket)
                 made = 0
             self._note_arrived(ticket, block=False)
-        if run:
-            self._mark(run)
         self._settle(ticket)
         return self._written
+
+    def _copy(self, ticket: Ticket, position: int, source: torch.Tensor) -> None:
+        """Ask for the copies of one tensor, given flat."""
+        place = self._place(ticket, position)
+        step = RUN_BYTES // place.itemsize
+        for start in range(0, max(len(place), 1), step):
+            part = place[start : start + step]
+            with torch.cuda.stream(self._copying):
+                part.copy_(source[start : start + step], non_blocking=True)
+            self._run.append((position, (start + len(part)) * place.itemsize))
+            self._run_bytes += part.nbytes
+            if self._run_bytes >= RUN_BYTES:
+                self._mark()
 
     def _settle(self, ticket: Ticket) -> None:
         """Wait until all that was asked for has arrived, note its checksums, and let go of it."""
         if not self._kept:
             return
+        self._mark()
         sums = self._checksums()
         self._note_arrived(ticket, block=True)
         self._summing.synchronize()
         for (position, _), checksum in zip(self._kept, sums.tolist(), strict=True):
-            self._writer.note(ticket, position, checksum % 2**64)
+            self._writer.note_checksum(ticket, position, checksum % 2**64)
             self._written += self._writer.layout.tensors[position].nbytes
         self._kept = []
 
     def _place(self, ticket: Ticket, position: int) -> torch.Tensor:
-        """Where a tensor goes; made once, because making a view takes as long as asking for a copy."""
+        """Where a tensor goes, flat; made once, because making a view takes as long as asking for a copy."""
         key = (ticket.slot, position)
         if key not in self._places:
-            self._places[key] = self._writer.host_view(ticket, position)
+            self._places[key] = self._writer.host_view(ticket, position).view(-1)
         return self._places[key]
 
-    def _mark(self, run: list[int]) -> None:
+    def _mark(self) -> None:
+        """End the run of copies that have been asked for since the last mark."""
         event = torch.cuda.Event()
         event.record(self._copying)
-        self._events.append((event, run))
+        self._events.append((event, self._run))
+        self._run, self._run_bytes = [], 0
 
     def _note_arrived(self, ticket: Ticket, *, block: bool) -> None:
         while self._events and (block or self._events[0][0].query()):
             event, run = self._events.popleft()
             event.synchronize()
-            for position in run:
-                self._writer.note(ticket, position)
+            for position, nbytes in run:
+                self._writer.note(ticket, position, nbytes)
 
     def _checksums(self) -> torch.Tensor:
         """Checksums of the tensors, in their order."""

@@ -1,6 +1,6 @@
 """Installs a version into the generator, from the mailbox.
 
-    start, update(ticket)     the workers begin to stage, while the generator decodes; the trainer may still be writing
+    start, update(ticket)     the workers begin to stage, while the generator decodes; the trainer may still be writing, or not have begun
     receipts                  every worker has all of it, and its checksums fit
     install                   one call: between two engine steps
 
@@ -84,6 +84,17 @@ class Installer:
         """
         with phases("update"):
             self.control.update(ticket)
+
+    def expect(self, ticket: Ticket) -> None:
+        """Let the workers look out for `ticket`, which is to be drawn next, so that they stage its first bytes as soon as they are there.
+
+        It is a hint: `begin` asks again, and for another one if it came otherwise.
+
+        Raises:
+            WeightSyncFailed: if it cannot be said.
+        """
+        self.open()
+        self.control.update(ticket)
 
     def open(self) -> None:
         """Open the next update, which may be done long before it; if one is open still, of a trainer that is gone or a sync that failed,

@@ -4,7 +4,7 @@
     512 to 2048      records      four places: version, sequence, digest of the place's sums, slot, patches, digest
     4096             manifest     JSON: name, dtype, shape, offset of each tensor
     after it         receipts     one per worker of the generator: how far it is, see `receipts`
-    after it         sums         per place and tensor: sequence of the write, checksum of the bytes
+    after it         sums         per place and tensor: sequence of the write, bytes that have arrived, checksum of the bytes
     page aligned     slot 0       the tensors, each aligned to 256 bytes
     page aligned     slot 1
     page aligned     regions      one per rank that writes patches, see `patch_log`; none where every version is sent whole
@@ -31,7 +31,7 @@ import xxhash
 from otj_runtime.weights.errors import MailboxError
 
 MAGIC = int.from_bytes(b"OTJMBOX\0", "little")
-FORMAT = 3
+FORMAT = 4
 PAGE = 4096
 ALIGNMENT = 256
 SLOTS = 2
@@ -42,7 +42,7 @@ STEPS = 64
 STEP_BYTES = PAGE // STEPS
 PATCH_SHARE = 2
 """The regions hold one byte for so many of a slot. When they are full, the next version is sent whole."""
-SUM_BYTES = 16
+SUM_BYTES = 24
 WORKERS = 64
 """Most workers of one generator."""
 RECEIPT_BYTES = 512

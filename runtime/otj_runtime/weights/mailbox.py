@@ -38,7 +38,8 @@ from otj_runtime.weights.patch_log import PatchLog
 from otj_runtime.weights.pinned import pin, unpin
 from otj_runtime.weights.receipts import POLL_SECONDS, Receipts
 
-_SUM = struct.Struct("<QQ")  # sequence, digest
+_SUM = struct.Struct("<QQQ")  # sequence, bytes that have arrived, checksum
+_WORDS = SUM_BYTES // 8
 
 
 class MailboxWriter:
@@ -127,6 +128,10 @@ class MailboxWriter:
         self.receipts.clear()
         return ticket
 
+    def following(self, ticket: Ticket) -> Ticket:
+        """The ticket that `begin` draws after `ticket` was published, if the version after that is asked for."""
+        return Ticket(version=ticket.version + 1, slot=1 - ticket.slot, sequence=ticket.sequence + 1)
+
     def write(self, ticket: Ticket, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Copy tensors into the ticket's slot, cast to the mailbox's dtype, and return the number of bytes.
 
@@ -153,17 +158,22 @@ class MailboxWriter:
         """The place of a tensor in the ticket's slot."""
         return self.layout.tensors[position].view(self._slots[ticket.slot])
 
-    def note(self, ticket: Ticket, position: int, checksum: int | None = None) -> None:
-        """Say that a tensor has arrived, with its checksum if that is known already."""
+    def note(self, ticket: Ticket, position: int, nbytes: int) -> None:
+        """Say that the first `nbytes` bytes of a tensor have arrived."""
         offset = self._sums_offset(ticket.place) + position * SUM_BYTES
-        if checksum is not None:
-            self._put(offset + 8, checksum.to_bytes(8, "little"))
+        self._put(offset + 8, nbytes.to_bytes(8, "little"))
         self._put(offset, ticket.sequence.to_bytes(8, "little"))
+
+    def note_checksum(self, ticket: Ticket, position: int, checksum: int) -> None:
+        """Say what a tensor's checksum is, before it is published."""
+        self._put(self._sums_offset(ticket.place) + position * SUM_BYTES + 16, checksum.to_bytes(8, "little"))
 
     def _write_one(self, ticket: Ticket, position: int, tensor: torch.Tensor) -> int:
         self.host_view(ticket, position).copy_(tensor.detach())
         entry = self.layout.tensors[position]
-        self.note(ticket, position, tensor_digest(self._slots[ticket.slot][entry.offset : entry.offset + entry.nbytes]))
+        place = self._slots[ticket.slot][entry.offset : entry.offset + entry.nbytes]
+        self.note_checksum(ticket, position, tensor_digest(place))
+        self.note(ticket, position, entry.nbytes)
         return entry.nbytes
 
     def _place(self, name: str, tensor: torch.Tensor) -> int:
@@ -185,8 +195,8 @@ class MailboxWriter:
         sums = bytes(self._data[offset : offset + self.layout.sums_bytes])
         missing = [
             entry.name
-            for entry, (sequence, _) in zip(self.layout.tensors, _SUM.iter_unpack(sums), strict=True)
-            if sequence != ticket.sequence
+            for entry, (sequence, nbytes, _) in zip(self.layout.tensors, _SUM.iter_unpack(sums), strict=True)
+            if sequence != ticket.sequence or nbytes != entry.nbytes
         ]
         if missing:
             raise MailboxError(f"version {ticket.version} is not whole: {len(missing)} tensors were not written, the first is {missing[0]}")
@@ -215,6 +225,9 @@ class MailboxReader:
         self.log = PatchLog(self._shared, self.layout)
         self._memory = self._shared if self.layout.on_gpu else _mapped(path, mmap.ACCESS_COPY)
         self._data = memoryview(self._memory)
+        # Read in words: a writer stores while we look, and a word is either old or new.
+        sums = self._data[self.layout.sums_offset : self.layout.sums_offset + PLACES * self.layout.sums_bytes]
+        self._words = sums.cast("Q")
         if self.layout.on_gpu:
             pin(self._memory, str(path))
 
@@ -239,10 +252,20 @@ class MailboxReader:
 
     def arrived(self, ticket: Ticket, start: int) -> int:
         """End of the run of tensors, from `start`, that have been written under the ticket."""
+        tensors = self.layout.tensors
         end = start
-        while end < len(self.layout.tensors) and self._sum(ticket.place, end)[0] == ticket.sequence:
+        while end < len(tensors) and self._noted(ticket, end) == tensors[end].nbytes:
             end += 1
         return end
+
+    def progress(self, ticket: Ticket, position: int) -> int:
+        """Bytes of a tensor that have been written under the ticket, from its start."""
+        return self._noted(ticket, position) or 0
+
+    def _noted(self, ticket: Ticket, position: int) -> int | None:
+        """Bytes of a tensor that have arrived; None if none was noted, as an empty tensor's are."""
+        word = self._word(ticket, position)
+        return self._words[word + 1] if self._words[word] == ticket.sequence else None
 
     def check_tensor(self, ticket: Ticket, position: int, content: torch.Tensor | None = None) -> None:
         """Check a tensor that has arrived.
@@ -255,7 +278,7 @@ class MailboxReader:
         """
         entry = self.layout.tensors[position]
         slot = self.slot_bytes(ticket.slot) if content is None else content
-        if tensor_digest(slot[entry.offset : entry.offset + entry.nbytes]) != self._sum(ticket.place, position)[1]:
+        if tensor_digest(slot[entry.offset : entry.offset + entry.nbytes]) != self._checksum(ticket, position):
             raise self._unfit(entry, ticket.version)
 
     def compare(self, ticket: Ticket, checksums: list[int]) -> None:
@@ -265,7 +288,7 @@ class MailboxReader:
             MailboxError: if one does not fit.
         """
         for position, (entry, checksum) in enumerate(zip(self.layout.tensors, checksums, strict=True)):
-            if self._sum(ticket.place, position)[1] != checksum:
+            if self._checksum(ticket, position) != checksum:
                 raise self._unfit(entry, ticket.version)
 
     def await_published(self, ticket: Ticket, *, stopped: Callable[[], bool], deadline_s: float) -> None:
@@ -344,9 +367,11 @@ class MailboxReader:
             raise MailboxError(f"{self._path} holds version {latest.version}, {version} was asked for")
         return latest
 
-    def _sum(self, place: int, position: int) -> tuple[int, int]:
-        found: tuple[int, int] = _SUM.unpack_from(self._data, self._sums_offset(place) + position * SUM_BYTES)
-        return found
+    def _checksum(self, ticket: Ticket, position: int) -> int:
+        return self._words[self._word(ticket, position) + 2]
+
+    def _word(self, ticket: Ticket, position: int) -> int:
+        return (ticket.place * len(self.layout.tensors) + position) * _WORDS
 
     def _sums_offset(self, place: int) -> int:
         return self.layout.sums_offset + place * self.layout.sums_bytes

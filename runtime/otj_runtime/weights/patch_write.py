@@ -78,5 +78,6 @@ class PatchWrite:
         if part.device.type == "cuda":
             torch.cuda.current_stream(part.device).synchronize()
         for position, checksum in found.checksums.items():
-            self._writer.note(ticket, position, checksum)
+            self._writer.note_checksum(ticket, position, checksum)
+            self._writer.note(ticket, position, self._writer.layout.tensors[position].nbytes)
         log.put(self._region, ticket, previous=previous, **sizes)

@@ -7,7 +7,11 @@
     thread   compare what was installed with what was staged -> receipt
 
 On a CPU nothing is copied: tensors are taken where they lie, in the mailbox. On a GPU they are copied to a buffer by the copy engine, on a
-stream of their own, in runs of up to `RUN_BYTES`, as the trainer's copies arrive; the checksums are computed where they land.
+stream of their own, in runs of up to `RUN_BYTES`, as the trainer's copies arrive, a large tensor part by part; the checksums are computed
+where they land.
+
+It may be begun long before the trainer writes: the next version's ticket is known as soon as the one before is installed, where versions
+are sent whole. Its thread then waits until what was installed is compared.
 
 With a limit the buffer is a ring. The tensors that fit are staged ahead; the rest follow while the engine installs, so
 generation pauses for as long as they take to cross the bus, and they are checked only afterwards.
@@ -15,6 +19,7 @@ generation pauses for as long as they take to cross the bus, and they are checke
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +34,14 @@ from otj_runtime.weights.patch import Patch, apply
 from otj_runtime.weights.plan import Place, ring
 from otj_runtime.weights.receipts import POLL_SECONDS, Receipt, State
 
-RUN_BYTES = 32 << 20
-"""Bytes of one copy to the GPU: long enough for its full speed, short enough that the last one ends soon after the trainer's."""
+RUN_BYTES = 64 << 20
+"""Bytes of one copy to the GPU at most. Less is copied as soon as it has arrived, so this matters only to catch up."""
 
 ARRIVAL_SECONDS = 300.0
-"""How long the trainer may take from one tensor to the next."""
+"""How long the trainer may take from one tensor to the next. For the first there is no limit: it trains."""
+
+IDLE_POLL_SECONDS = 0.001
+"""Between two looks for the first tensor, beside an engine that decodes."""
 
 
 class Staging:
@@ -51,18 +59,47 @@ class Staging:
         self._stopped = threading.Event()
         self._failure: Exception | None = None
         self._holds: int | None = None  # sequence of the version that the buffer holds whole
-        self.ticket: Ticket | None = None
+        self._ticket: Ticket | None = None
+        self._confirming: threading.Thread | None = None
 
     def begin(self, ticket: Ticket) -> None:
-        """Start to stage what is being written under `ticket`, instead of what was staged before."""
-        self.stop()
+        """Start to stage what is, or will be, written under `ticket`, instead of what was staged before.
+
+        Nothing changes if that has been started already. The version is no more than a name until it is published.
+        """
+        if self._has_begun(ticket):
+            self._ticket = ticket
+            return
+        self._give_up()
         self._stopped.clear()
-        self._failure, self.ticket = None, ticket
-        self._thread = threading.Thread(target=self._run, args=(ticket,), name="otj-staging", daemon=True)
+        self._failure, self._ticket = None, ticket
+        self._thread = threading.Thread(target=self._run, args=(ticket, self._confirming), name="otj-staging", daemon=True)
         self._thread.start()
 
+    def _has_begun(self, ticket: Ticket) -> bool:
+        begun = self._ticket
+        if begun is None or self._failure is not None or self._stopped.is_set():
+            return False
+        return (begun.slot, begun.sequence, begun.steps) == (ticket.slot, ticket.sequence, ticket.steps)
+
+    def take(self) -> Ticket:
+        """The ticket of what is staged, to be installed now.
+
+        Raises:
+            MailboxError: if nothing was begun since the last time.
+        """
+        if self._ticket is None:
+            raise MailboxError("nothing was staged: update_weights comes before finish_weight_update")
+        ticket, self._ticket = self._ticket, None
+        return ticket
+
     def stop(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way; when this returns, no thread reads the mailbox or the buffer."""
+        self._give_up()
+        if self._confirming is not None:
+            self._confirming.join()
+
+    def _give_up(self) -> None:
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -71,11 +108,10 @@ class Staging:
         """Return when everything is staged and fits its checksums.
 
         Raises:
-            MailboxError: if it does not, or nothing was begun.
+            MailboxError: if it does not.
         """
-        if self._thread is None:
-            raise MailboxError("nothing was staged: update_weights comes before finish_weight_update")
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         if self._failure is not None:
             raise MailboxError(str(self._failure)) from self._failure
 
@@ -89,8 +125,8 @@ class Staging:
         Args:
             compare: names the parameters that do not hold what was staged.
         """
-        self._thread = threading.Thread(target=self._confirm, args=(ticket, compare), name="otj-confirming", daemon=True)
-        self._thread.start()
+        self._confirming = threading.Thread(target=self._confirm, args=(ticket, compare), name="otj-confirming", daemon=True)
+        self._confirming.start()
 
     def _confirm(self, ticket: Ticket, compare: Callable[[], list[str]]) -> None:
         try:
@@ -103,7 +139,9 @@ class Staging:
             state, text = State.FAILED, f"what was installed could not be checked: {error!r}"
         self.reader.receipts.put(self._worker, Receipt(ticket.sequence, state, text))
 
-    def _run(self, ticket: Ticket) -> None:
+    def _run(self, ticket: Ticket, confirming: threading.Thread | None) -> None:
+        if confirming is not None:  # it reads the buffer; waited for here, because `begin` holds up the engine
+            confirming.join()
         try:
             if ticket.steps:
                 self._patch(ticket)
@@ -114,7 +152,8 @@ class Staging:
             self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.STAGED))
         except Exception as error:
             self._failure = error
-            self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.FAILED, str(error)))
+            if not self._stopped.is_set():  # else it may be begun anew, and a trainer must not read that it failed
+                self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.FAILED, str(error)))
 
     def _stage(self, ticket: Ticket) -> None:
         """Bring a version near that is whole."""
@@ -146,15 +185,20 @@ class Staging:
 
     def _arrived(self, ticket: Ticket, index: int) -> int:
         """Wait for tensor `index`; return the end of the run of tensors that have arrived from there on."""
-        end = time.monotonic() + ARRIVAL_SECONDS
-        while (until := self.reader.arrived(ticket, index)) == index:
+        return self._wait_beyond(index, lambda: self.reader.arrived(ticket, index), ticket, index)
+
+    def _wait_beyond(self, reached: int, look: Callable[[], int], ticket: Ticket, index: int) -> int:
+        """Wait until `look` finds more than `reached`, which tensor `index` holds up; return what it found."""
+        first = index == reached == 0
+        end = math.inf if first else time.monotonic() + ARRIVAL_SECONDS
+        while (found := look()) == reached:
             if self._stopped.is_set():
                 raise MailboxError(f"version {ticket.version} was given up")
             if time.monotonic() > end:
                 name = self.reader.layout.tensors[index].name
                 raise MailboxError(f"version {ticket.version}: tensor {name} was not written for {ARRIVAL_SECONDS:.0f} s")
-            time.sleep(POLL_SECONDS)
-        return until
+            time.sleep(IDLE_POLL_SECONDS if first else POLL_SECONDS)
+        return found
 
 
 class HostStaging(Staging):
@@ -226,15 +270,16 @@ class DeviceStaging(Staging):
         return self.buffer[place.offset : place.offset + entry.nbytes].view(entry.torch_dtype).view(entry.shape)
 
     def begin(self, ticket: Ticket) -> None:
-        self.stop()
-        self._installed, self._copied = 0, []
+        if not self._has_begun(ticket):
+            self._give_up()
+            self._installed, self._copied = 0, []
         super().begin(ticket)
 
-    def stop(self) -> None:
+    def _give_up(self) -> None:
         self._stopped.set()
         with self._progress:
             self._progress.notify_all()
-        super().stop()
+        super()._give_up()
 
     def _confirm(self, ticket: Ticket, compare: Callable[[], list[str]]) -> None:
         torch.cuda.set_device(self._device)
@@ -252,15 +297,9 @@ class DeviceStaging(Staging):
         index = announced = 0
         while index < len(tensors):
             self._room(index)
-            arrived = self._arrived(ticket, index)
-            end = self._run_end(index, arrived)
-            first, last = tensors[index], tensors[end - 1]
-            size = last.offset + last.nbytes - first.offset
-            offset = self.places[index].offset
-            with torch.cuda.stream(self._stream):
-                self.buffer[offset : offset + size].copy_(host[first.offset : first.offset + size], non_blocking=True)
-                done = torch.cuda.Event()
-                done.record(self._stream)
+            end = self._bring(ticket, index, host)
+            done = torch.cuda.Event()
+            done.record(self._stream)
             with torch.cuda.stream(self._sum_stream):
                 self._sum_stream.wait_event(done)
                 self._sums.add(index, end)
@@ -275,6 +314,27 @@ class DeviceStaging(Staging):
                 summed.synchronize()
                 self.reader.receipts.put(self._worker, Receipt(ticket.sequence, State.STAGED))
         self._sum_stream.synchronize()
+
+    def _bring(self, ticket: Ticket, index: int, host: torch.Tensor) -> int:
+        """Ask for the copies of a run of tensors that begins with tensor `index`, as they arrive; its end."""
+        first = self.reader.layout.tensors[index]
+        if first.nbytes > RUN_BYTES:
+            done = 0
+            while done < first.nbytes:
+                arrived = self._wait_beyond(done, lambda: self.reader.progress(ticket, index), ticket, index)
+                self._copy(host, index, done, arrived)
+                done = arrived
+            return index + 1
+        end = self._run_end(index, self._arrived(ticket, index))
+        last = self.reader.layout.tensors[end - 1]
+        self._copy(host, index, 0, last.offset + last.nbytes - first.offset)
+        return end
+
+    def _copy(self, host: torch.Tensor, index: int, begin: int, end: int) -> None:
+        """Ask for the copy of the bytes from `begin` to `end`, counted from the start of tensor `index`."""
+        source, target = self.reader.layout.tensors[index].offset, self.places[index].offset
+        with torch.cuda.stream(self._stream):
+            self.buffer[target + begin : target + end].copy_(host[source + begin : source + end], non_blocking=True)
 
     def _room(self, index: int) -> None:
         """Wait until what lies in the place of tensor `index` has been installed."""

@@ -11,6 +11,7 @@ One push, on every rank at once:
     publish                                                                             check all checksums, give a receipt
     install                                                                             between two engine steps
     broadcast: every rank gets the report, or raises the error that rank 0 met
+    update, for the version after this one                                              look out for its first bytes
 
 and the proof, off that path:
 
@@ -234,21 +235,22 @@ class WeightSync:
     def _attempt(self, version: int, began: float, *, attempt: int) -> SyncReport:
         phases = Phases()
         ranks = self._connect()
-        reshard(self._model)
-        tensors = policy_tensors(self._model)
         with phases("begin"):
-            writer, ticket = self._begin(ranks, tensors, version, phases)
+            writer, ticket = self._begin(ranks, version, phases)
         opening = self._later(self._installer.begin, ticket, phases) if ranks.rank == 0 else None
         with phases("write"):
+            reshard(self._model)
+            tensors = policy_tensors(self._model)
             written = self._write(ranks, writer, ticket, tensors)
             if written is None:  # the patch is no use
                 ticket = ranks.lead(lambda: writer.begin(version), phase="begin")
                 opening = self._later(self._installer.instead, ticket, phases) if opening is not None else None
                 written = self._write(ranks, writer, ticket, tensors)
             assert written is not None
-            # The forward of a sharded model takes all ranks.
-            scores = self._score() if is_sharded(tensors.values()) else None
-        reshard(self._model)
+            scores = None
+            if is_sharded(tensors.values()):  # its forward takes all ranks
+                scores = self._score()
+                reshard(self._model)
 
         def finish() -> SyncReport:
             if opening is not None:
@@ -264,7 +266,10 @@ class WeightSync:
         if ranks.rank == 0:
             self._scored = self._threads.submit(lambda: scores or self._score())
             self._asked = self._threads.submit(self._ask, ticket)
-            self._later(self._installer.open)
+            if self._delta:  # the next version may be a patch or whole, and is not known to be either before it is drawn
+                self._later(self._installer.open)
+            else:
+                self._later(self._installer.expect, writer.following(ticket))
         return report
 
     def _later(self, action: Callable[..., None], *arguments: Any) -> Future[None]:
@@ -284,15 +289,12 @@ class WeightSync:
             self._ranks = Ranks(timeout_s=self._ready_timeout_s + SYNC_SECONDS)
         return self._ranks
 
-    def _begin(self, ranks: Ranks, tensors: dict[str, PolicyTensor], version: int, phases: Phases) -> tuple[MailboxWriter, Ticket]:
+    def _begin(self, ranks: Ranks, version: int, phases: Phases) -> tuple[MailboxWriter, Ticket]:
         """The writer of this rank and the ticket of all. Rank 0 makes the file at first."""
-        shapes = ((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-        on_gpu = next(self._model.parameters()).device.type == "cuda"
-        layout = Layout.of(shapes, getattr(torch, self._dtype), on_gpu=on_gpu, regions=ranks.size if self._delta else 0)
 
         def draw() -> Ticket:
             if self._writer is None:
-                self._writer = MailboxWriter.create(self._path, layout)
+                self._writer = MailboxWriter.create(self._path, self._layout(ranks))
             if not self._answered:
                 with phases("wait"):
                     self._control.wait_healthy(deadline_s=self._ready_timeout_s)
@@ -303,13 +305,20 @@ class WeightSync:
 
         def follow() -> MailboxWriter:
             if self._writer is None:
-                self._writer = MailboxWriter(self._path, layout)
+                self._writer = MailboxWriter(self._path, self._layout(ranks))
             return self._writer
 
         ticket = ranks.lead(draw, phase="begin")
         if ranks.size > 1:
             ranks.together(lambda: follow() and None, phase="begin")
         return follow(), ticket
+
+    def _layout(self, ranks: Ranks) -> Layout:
+        """The layout of the model's tensors, which stay the same from one version to the next."""
+        reshard(self._model)
+        shapes = ((name, tuple(tensor.shape)) for name, tensor in policy_tensors(self._model).items())
+        on_gpu = next(self._model.parameters()).device.type == "cuda"
+        return Layout.of(shapes, getattr(torch, self._dtype), on_gpu=on_gpu, regions=ranks.size if self._delta else 0)
 
     def _write(self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]) -> list[int] | None:
         """Write this rank's share; return the bytes of each rank, None if the version cannot be a patch."""
@@ -340,7 +349,7 @@ class WeightSync:
         self, ranks: Ranks, writer: MailboxWriter, tensors: dict[str, PolicyTensor], sharded: bool
     ) -> Iterable[tuple[str, torch.Tensor]]:
         """What this rank writes, in the model's order."""
-        mine = set(shares(writer.layout.tensors, ranks=ranks.size)[ranks.rank])
+        mine = set(shares(writer.layout.tensors, ranks=ranks.size)[ranks.rank]) if ranks.size > 1 else tensors.keys()
         for name, tensor in tensors.items():
             if name in mine:
                 yield name, whole(tensor)
@@ -370,6 +379,8 @@ class WeightSync:
 
     def _install_again(self, ticket: Ticket) -> None:
         assert self._writer is not None
+        if self._talking is not None:
+            self._talking.exception()  # what it says of the next version would end what is staged here
         self._installer.again(ticket, self._writer.receipts)
 
     def _compare(self, pushed: Ticket, scores: list[list[list[float]]]) -> Agreement:

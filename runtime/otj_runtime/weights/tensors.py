@@ -48,10 +48,11 @@ def _place(tensor: torch.Tensor) -> Any:
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters first, in the model's order, then persistent buffers."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    yield from parameters.items()
-    state = model.state_dict(keep_vars=True)
-    yield from ((name, tensor) for name, tensor in state.items() if name not in parameters and isinstance(tensor, torch.Tensor))
+    yield from model.named_parameters(remove_duplicate=False)
+    for prefix, module in model.named_modules(remove_duplicate=False):  # a state_dict would take as long as all the rest of a push
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _with_adapter(model: Any) -> Iterator[tuple[str, PolicyTensor]]:

@@ -155,8 +155,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         staging = self._opened()
         if not (isinstance(staging, DeviceStaging) and staging.partial):
             staging.wait()
-        ticket = staging.ticket
-        assert ticket is not None
+        ticket = staging.take()
         with staging.reader.guarding(ticket):
             self._install(staging, ticket)
         staging.confirm(ticket, lambda: self._differing(staging, ticket))

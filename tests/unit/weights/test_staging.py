@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from otj_runtime.weights.errors import MailboxError
 from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter
 from otj_runtime.weights.receipts import State
 from otj_runtime.weights.staging import HostStaging
-from tests.unit.weights.files import layout, push, tensors
+from tests.unit.weights.files import layout, push, tensors, write_all
 
 
 @pytest.fixture
@@ -46,6 +47,64 @@ def test_a_tensor_that_does_not_fit_its_checksum_is_named_in_the_receipt(writer:
         staging.wait()
     assert writer.receipts.get(3).state is State.FAILED
     assert "tensor proj" in writer.receipts.get(3).text
+
+
+def test_a_version_may_be_looked_out_for_before_the_trainer_draws_its_ticket(writer: MailboxWriter, staging: HostStaging) -> None:
+    push(writer, 1)
+    expected = writer.following(staging.reader.latest(1))
+    staging.begin(expected)
+    ticket = writer.begin(5)
+    staging.begin(ticket)
+    write_all(writer, ticket, tensors(5))
+    writer.publish(ticket)
+    staging.wait()
+    assert (ticket.slot, ticket.sequence) == (expected.slot, expected.sequence)
+    assert staging.take() == ticket
+    assert writer.receipts.get(3).state is State.STAGED
+
+
+def test_what_was_staged_is_taken_once(writer: MailboxWriter, staging: HostStaging) -> None:
+    push(writer, 1)
+    staging.begin(staging.reader.latest(1))
+    staging.wait()
+    staging.take()
+    with pytest.raises(MailboxError, match="nothing was staged"):
+        staging.take()
+
+
+def test_the_next_version_may_be_begun_at_once_but_is_staged_after_the_check_of_what_was_installed(
+    writer: MailboxWriter, staging: HostStaging
+) -> None:
+    push(writer, 1)
+    staging.begin(staging.reader.latest(1))
+    staging.wait()
+    published, seen = threading.Event(), list[State]()
+
+    def compare() -> list[str]:
+        assert published.wait(60)
+        seen.append(writer.receipts.get(3).state)
+        return []
+
+    installed = staging.take()
+    staging.confirm(installed, compare)
+    staging.begin(writer.following(installed))
+    push(writer, 2)
+    published.set()
+    staging.wait()
+    assert seen == [State.NONE]
+    assert (writer.receipts.get(3).sequence, writer.receipts.get(3).state) == (installed.sequence + 1, State.STAGED)
+
+
+def test_what_was_given_up_may_be_begun_again_under_the_same_ticket(writer: MailboxWriter, staging: HostStaging) -> None:
+    ticket = writer.begin(1)
+    staging.begin(ticket)
+    staging.stop()
+    assert writer.receipts.get(3).state is State.NONE
+    staging.begin(ticket)
+    write_all(writer, ticket, tensors(1))
+    writer.publish(ticket)
+    staging.wait()
+    assert writer.receipts.get(3).state is State.STAGED
 
 
 def test_what_never_arrives_is_given_up_for_the_next_version(writer: MailboxWriter, staging: HostStaging) -> None:
