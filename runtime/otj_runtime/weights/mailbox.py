@@ -298,11 +298,19 @@ class MailboxReader:
             MailboxError: if it is not in time, or the table does not fit.
         """
         end = time.monotonic() + deadline_s
-        while (record := Record.read(self._data, ticket.place)) is None or record.sequence != ticket.sequence:
+        while (record := self._published(ticket)) is None:
             if stopped() or time.monotonic() > end:
                 raise MailboxError(f"{self._path}: version {ticket.version} was not published in {deadline_s:.0f} s")
             time.sleep(POLL_SECONDS)
         self._check_sums(record)
+
+    def is_published(self, ticket: Ticket) -> bool:
+        """Whether the ticket's version can be read as a whole."""
+        return self._published(ticket) is not None
+
+    def _published(self, ticket: Ticket) -> Record | None:
+        record = Record.read(self._data, ticket.place)
+        return record if record is not None and record.sequence == ticket.sequence else None
 
     def slot_bytes(self, slot: int) -> torch.Tensor:
         """A slot as bytes, in the file's memory."""

@@ -82,6 +82,17 @@ class Staging:
             return False
         return (begun.slot, begun.sequence, begun.steps) == (ticket.slot, ticket.sequence, ticket.steps)
 
+    def require_published(self) -> None:
+        """An installation waits for what is staged, and the engine for it: never for a version that is only looked out for.
+
+        Raises:
+            MailboxError: if what was begun last is not published yet.
+        """
+        if self._ticket is not None and not self.reader.is_published(self._ticket):
+            raise MailboxError(
+                f"version {self._ticket.version} is not published yet: another trainer has begun the next one, install again"
+            )
+
     def take(self) -> Ticket:
         """The ticket of what is staged, to be installed now.
 

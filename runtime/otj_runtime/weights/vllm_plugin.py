@@ -153,6 +153,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
             MailboxError: if it does not (the model is untouched, unless staging is limited), or does not hold all parameters.
         """
         staging = self._opened()
+        staging.require_published()
         if not (isinstance(staging, DeviceStaging) and staging.partial):
             staging.wait()
         ticket = staging.take()

@@ -63,6 +63,15 @@ def test_a_version_may_be_looked_out_for_before_the_trainer_draws_its_ticket(wri
     assert writer.receipts.get(3).state is State.STAGED
 
 
+def test_an_installation_does_not_wait_for_what_is_only_looked_out_for(writer: MailboxWriter, staging: HostStaging) -> None:
+    push(writer, 1)
+    staging.begin(writer.following(staging.reader.latest(1)))
+    with pytest.raises(MailboxError, match="version 2 is not published yet"):
+        staging.require_published()
+    staging.begin(staging.reader.latest(1))
+    staging.require_published()
+
+
 def test_what_was_staged_is_taken_once(writer: MailboxWriter, staging: HostStaging) -> None:
     push(writer, 1)
     staging.begin(staging.reader.latest(1))
