@@ -55,6 +55,7 @@ def _bytes_of_a_push(writer: MailboxWriter) -> int:
 def test_a_crash_at_any_byte_leaves_the_previous_version_readable(
     tmp_path_factory: pytest.TempPathFactory, version: int, share: float, written: int
 ) -> None:
+    torch.manual_seed(version)  # for one seed of 256, the last byte of a record is what lies there already, and its loss is none
     path = tmp_path_factory.mktemp("crash") / "policy.mailbox"
     writer = MailboxWriter.create(path, layout())
     for earlier in range(version + 1):
