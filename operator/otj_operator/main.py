@@ -27,15 +27,13 @@ from otj_operator.crd.definition import NAME as CRD_NAME
 from otj_operator.crd.definition import object_schema
 from otj_operator.crd.needs import fault
 from otj_operator.health import health_server
-from otj_operator.kube import CUSTOM_RESOURCE_DEFINITIONS, ApiError, Cluster, FencedError, Leadership, load_configuration
+from otj_operator.kube import CUSTOM_RESOURCE_DEFINITIONS, LEASE_SECONDS, ApiError, Cluster, FencedError, Leadership, load_configuration
 from otj_operator.metrics import Metrics
 from otj_runtime.api import VERSION
 
 logger = logging.getLogger("otj_operator")
 
 LEASE_NAME = "online-training-operator"
-LEASE_SECONDS = 15.0
-"""After so long without a renewal a standby takes over."""
 LOST_LEASE = 3
 """Exit status of a process that lost its Lease."""
 PATIENCE_SECONDS = 180.0

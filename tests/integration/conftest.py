@@ -23,7 +23,7 @@ from otj_runtime.weights.control import GeneratorControl
 from tests.cluster.host import REPOSITORY
 from tests.integration.models import make_tiny_model
 
-START_SECONDS = 900.0
+START_SECONDS = 240.0
 
 VLLM_CACHE = REPOSITORY / "build" / "cache" / "vllm"
 """Shared by all test servers and kept: vLLM notes there what it found out about a model's class, in a process of its own that imports

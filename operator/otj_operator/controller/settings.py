@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from otj_operator.kube import LEASE_SECONDS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -15,7 +17,7 @@ class Settings:
     """Where the operator runs and keeps its Lease."""
     identity: str = "online-training-operator"
     """Holder name in the Lease: the pod's name."""
-    lease_seconds: float = 15.0
+    lease_seconds: float = LEASE_SECONDS
     """A standby takes over after so long without a renewal of the Lease."""
     listen_port: int = 8080
     """Port of /healthz and /readyz."""

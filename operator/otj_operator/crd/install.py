@@ -12,7 +12,8 @@ from typing import Any
 from otj_operator.crd.definition import NAME as CRD_NAME
 from otj_operator.crd.definition import custom_resource_definition
 from otj_operator.crd.policy import admission_policy
-from otj_operator.main import LEASE_NAME, LEASE_SECONDS
+from otj_operator.kube import LEASE_SECONDS
+from otj_operator.main import LEASE_NAME
 from otj_runtime.api import GROUP, PLURAL
 from otj_runtime.pod.config import Layout
 from otj_runtime.pod.names import JOB_LABEL, KUEUE, NON_ROOT_UID

@@ -2,7 +2,7 @@
 
 from otj_operator.kube.cluster import ApiError, Cluster, FencedError
 from otj_operator.kube.config import load_configuration
-from otj_operator.kube.lease import Leadership
+from otj_operator.kube.lease import LEASE_SECONDS, Leadership
 from otj_operator.kube.resources import CUSTOM_RESOURCE_DEFINITIONS, EVENTS, JOBS, LEASES, ONLINE_TRAINING_JOBS, PODS, Resource
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "EVENTS",
     "JOBS",
     "LEASES",
+    "LEASE_SECONDS",
     "ONLINE_TRAINING_JOBS",
     "PODS",
     "ApiError",

@@ -19,6 +19,9 @@ from otj_operator.kube.resources import LEASES
 
 logger = logging.getLogger(__name__)
 
+LEASE_SECONDS = 15.0
+"""After so long without a renewal a standby takes over."""
+
 
 class Leadership:
     """A Lease that this process competes for."""
@@ -30,7 +33,7 @@ class Leadership:
         namespace: str,
         name: str,
         identity: str,
-        duration: float = 15.0,
+        duration: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster, self._namespace, self._name, self._identity = cluster, namespace, name, identity

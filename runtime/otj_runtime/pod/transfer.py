@@ -41,7 +41,7 @@ def choose(config: PodConfig) -> Transfer:
     if config.device is Device.CPU:
         return Transfer("mailbox", "both sides compute on CPUs and share memory")
     own = "trainer and generator have GPUs of their own, and shared memory needs no access from one to the other"
-    rate = config.training.get("learning_rate", 0.0)
+    rate = config.training.get("learning_rate", SMALL_STEPS)  # neither method's default is higher
     if not config.script and config.generator_dtype is not DType.FLOAT32 and isinstance(rate, (int, float)) and rate <= SMALL_STEPS:
         return Transfer(
             "mailbox", f"{own}; weightTransfer: delta sends less at this learning rate, for a copy of the weights in GPU memory"

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from otj_runtime.weights.patch import BITS
+
 BLOCK = 4096
 """Elements that one program of the kernel sums."""
 
@@ -109,7 +111,7 @@ def by_definition(piece: Piece, *, source: torch.dtype, dtype: torch.dtype) -> i
     reach = (rows - 1) * piece.stride + piece.columns
     memory = (ctypes.c_char * (reach * source.itemsize)).from_address(piece.address)
     values = torch.frombuffer(memory, dtype=source).as_strided((rows, piece.columns), (piece.stride, 1)).to(dtype).contiguous()
-    bits = values.view({2: torch.int16, 4: torch.int32}[dtype.itemsize]).to(torch.int64)
+    bits = values.view(BITS[dtype.itemsize]).to(torch.int64)
     position = piece.position + torch.arange(rows)[:, None] * piece.position_stride + torch.arange(piece.columns)
     mixed = position * MULTIPLIER
     mixed = (mixed ^ ((mixed >> 29) & ((1 << 35) - 1))) * MIXER | 1

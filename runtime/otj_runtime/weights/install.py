@@ -123,16 +123,19 @@ class Installer:
         with phases("install"):
             phases.seconds["paused"] = self.control.install(ticket.version)
 
-    def check(self, ticket: Ticket, receipts: Receipts) -> None:
-        """Wait until every worker has found that its parameters hold what it staged; it checks beside decoding.
+    def scores(self, ticket: Ticket, receipts: Receipts, sequences: list[list[int]]) -> list[list[list[float]]]:
+        """The generator's half of the proof: how each engine scores the probe, once every worker has found that its parameters hold what it
+        staged. Workers check that beside decoding.
 
         Raises:
             WeightsDiverged: naming the parameter.
-            WeightSyncFailed: if a worker says nothing.
+            WeightSyncFailed: if a worker says nothing, or the generator cannot be asked.
         """
+        found = self.control.score(sequences)
         receipts.wait_installed(
             sequence=ticket.sequence, workers=self._workers, deadline_s=DEADLINES["install"], alive=self.control.healthy
         )
+        return found
 
     def again(self, ticket: Ticket, receipts: Receipts) -> None:
         """Install once more what is published under `ticket`, in a generator that may have been restarted.

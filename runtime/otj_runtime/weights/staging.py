@@ -280,17 +280,12 @@ class DeviceStaging(Staging):
         entry, place = self.reader.layout.tensors[index], self.places[index]
         return self.buffer[place.offset : place.offset + entry.nbytes].view(entry.torch_dtype).view(entry.shape)
 
-    def begin(self, ticket: Ticket) -> None:
-        if not self._has_begun(ticket):
-            self._give_up()
-            self._installed, self._copied = 0, []
-        super().begin(ticket)
-
     def _give_up(self) -> None:
         self._stopped.set()
         with self._progress:
             self._progress.notify_all()
         super()._give_up()
+        self._installed, self._copied = 0, []
 
     def _confirm(self, ticket: Ticket, compare: Callable[[], list[str]]) -> None:
         torch.cuda.set_device(self._device)

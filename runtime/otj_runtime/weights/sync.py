@@ -371,11 +371,8 @@ class WeightSync:
         return Proof(agreement=self._compare(pushed, self._ask(pushed)), again=True)
 
     def _ask(self, pushed: Ticket) -> list[list[list[float]]]:
-        """The generator's half of the proof: how each engine scores the probe, once its parameters are known to hold what it staged."""
         assert self._writer is not None
-        found = self._control.score(self._sequences)
-        self._installer.check(pushed, self._writer.receipts)
-        return found
+        return self._installer.scores(pushed, self._writer.receipts, self._sequences)
 
     def _install_again(self, ticket: Ticket) -> None:
         assert self._writer is not None

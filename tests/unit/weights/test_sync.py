@@ -141,11 +141,12 @@ def test_pushes_arrive_bit_by_bit_and_are_proven_and_the_mailbox_is_introduced_o
     assert generator.calls.count("init") == 1
 
 
-def test_weights_that_did_not_arrive_are_installed_again_and_what_was_sampled_is_suspect(
-    policy: Any, tmp_path: Path, generator: LoadingGenerator
+@pytest.mark.parametrize("fault", ["lame", "corrupting"])
+def test_weights_that_are_not_there_are_installed_again_and_what_was_sampled_is_suspect(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator, fault: str
 ) -> None:
     sync = _sync(policy, tmp_path, generator)
-    generator.lame = 1
+    setattr(generator, fault, 1)
     sync.push(4)
     proof = sync.proven(4)
     assert proof.again
@@ -153,30 +154,17 @@ def test_weights_that_did_not_arrive_are_installed_again_and_what_was_sampled_is
     assert sync.proven(4) == proof  # asked for once
 
 
-def test_weights_that_do_not_arrive_twice_have_diverged(policy: Any, tmp_path: Path, generator: LoadingGenerator) -> None:
-    sync = _sync(policy, tmp_path, generator)
-    generator.lame = 2
-    sync.push(4)
-    with pytest.raises(WeightsDiverged, match="policy version 4"):
-        sync.proven(4)
-
-
-def test_a_parameter_that_does_not_hold_what_was_staged_is_installed_again(
-    policy: Any, tmp_path: Path, generator: LoadingGenerator
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("lame", "policy version 4"), ("corrupting", r"worker 0 .* sent as version 4, the first is norm\.weight")],
+)
+def test_weights_that_are_not_there_twice_have_diverged(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator, fault: str, words: str
 ) -> None:
     sync = _sync(policy, tmp_path, generator)
-    generator.corrupting = 1
+    setattr(generator, fault, 2)
     sync.push(4)
-    assert sync.proven(4).again
-
-
-def test_a_parameter_that_does_not_hold_it_twice_has_diverged_and_is_named(
-    policy: Any, tmp_path: Path, generator: LoadingGenerator
-) -> None:
-    sync = _sync(policy, tmp_path, generator)
-    generator.corrupting = 2
-    sync.push(4)
-    with pytest.raises(WeightsDiverged, match=r"worker 0 .* sent as version 4, the first is norm\.weight"):
+    with pytest.raises(WeightsDiverged, match=words):
         sync.proven(4)
 
 
