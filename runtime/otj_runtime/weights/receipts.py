@@ -101,10 +101,12 @@ class Receipts:
     def _wait(
         self, worker: int, sequence: int, states: set[State], deadline_s: float, alive: Callable[[], bool], phase: str, what: str
     ) -> Receipt:
-        """The worker's receipt, once it has reached one of `states` or failed."""
+        """The worker's receipt, once it has reached one of `states` or failed; a version that another one has replaced never will."""
         end, ask = time.monotonic() + deadline_s, time.monotonic() + 1
         while (receipt := self.get(worker)).sequence != sequence or receipt.state not in {*states, State.FAILED}:
             now = time.monotonic()
+            if receipt.sequence > sequence:
+                raise WeightSyncFailed(f"{phase}: worker {worker} went on to another version, it did not {what}", phase=phase)
             if now > end:
                 raise WeightSyncFailed(f"{phase}: worker {worker} did not {what} in {deadline_s:.0f} s", phase=phase)
             if now > ask:

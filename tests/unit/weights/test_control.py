@@ -130,6 +130,7 @@ def test_an_update_that_is_open_still_is_given_up_first(server: Server) -> None:
     [
         (Receipt(7, State.FAILED, "tensor norm does not fit"), "worker 1: tensor norm does not fit"),
         (Receipt(6, State.STAGED), "worker 1 did not stage the weights in 0 s"),
+        (Receipt(8, State.STAGED), "worker 1 went on to another version, it did not stage the weights"),
     ],
 )
 def test_a_worker_that_fails_or_keeps_silent_is_named(receipts: Receipts, receipt: Receipt, words: str) -> None:
@@ -145,6 +146,7 @@ def test_a_worker_that_fails_or_keeps_silent_is_named(receipts: Receipts, receip
         (Receipt(7, State.FAILED, "norm does not hold"), WeightsDiverged, "worker 1 of the generator: norm does not hold"),
         (Receipt(7, State.STAGED), WeightSyncFailed, "proof: worker 1 did not check what it installed in 0 s"),
         (Receipt(6, State.INSTALLED), WeightSyncFailed, "proof: worker 1 did not check"),
+        (Receipt(8, State.STAGED), WeightSyncFailed, "proof: worker 1 went on to another version"),
     ],
 )
 def test_a_worker_that_does_not_hold_what_it_staged_has_diverged(
