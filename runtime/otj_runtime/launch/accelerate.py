@@ -18,6 +18,7 @@ import yaml
 
 from otj_runtime.api import Device
 from otj_runtime.pod.config import PodConfig
+from otj_runtime.pod.precision import mixed_precision
 
 Settings = dict[str, Any]
 """Keys of accelerate's configuration file."""
@@ -60,7 +61,7 @@ def settings(config: PodConfig) -> Settings:
         "num_machines": 1,
         "machine_rank": 0,
         "gpu_ids": "all",
-        "mixed_precision": config.accelerate.mixed_precision,
+        "mixed_precision": mixed_precision(config),
         "main_process_port": config.rendezvous_port,
         "main_training_function": "main",
     }

@@ -28,6 +28,7 @@ from otj_runtime.launch.watchdog import Patience, overdue, stalled
 from otj_runtime.pod.commands import script_arguments
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import ExitCode, FailureNote, RunError, Stalled, Terminated, WorldSizeMismatch, exit_code
+from otj_runtime.pod.precision import mixed_precision
 from otj_runtime.pod.processes import become_subreaper
 from otj_runtime.pod.startup import StartUp
 from otj_runtime.pod.transfer import choose
@@ -96,6 +97,8 @@ class Launcher:
 
     async def _start_ranks(self) -> Ranks:
         keys = accelerate.settings(self._config)
+        if (asked := self._config.accelerate.mixed_precision) != mixed_precision(self._config):
+            print(f"accelerate.mixedPrecision: this CPU does not compute in {asked}, the ranks train in float32", flush=True)
         threads = accelerate.threads_per_rank(
             cores=accelerate.usable_cores(), ranks=self._config.training_ranks, asked=os.environ.get("OMP_NUM_THREADS")
         )

@@ -13,6 +13,7 @@ from otj_runtime.api import Algorithm, Device
 from otj_runtime.data.load import held_out_prompts, load_prompts
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import InvalidSpec, WorldSizeMismatch
+from otj_runtime.pod.precision import mixed_precision
 from otj_runtime.pod.split import Split, split_metrics
 from otj_runtime.rewards import load_rewards
 from otj_runtime.train.config import GRPOConfig, OnlineConfig, OnlineDPOConfig
@@ -39,7 +40,7 @@ def build_arguments(config: PodConfig) -> OnlineConfig:
         WorldSizeMismatch: if another number of ranks came up than the job trains on.
     """
     kind = GRPOConfig if config.algorithm is Algorithm.GRPO else OnlineDPOConfig
-    precision = config.accelerate.mixed_precision
+    precision = mixed_precision(config)
     try:
         arguments = kind(
             **config.training,
