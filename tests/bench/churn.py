@@ -27,16 +27,24 @@ class Churn:
         self.live: set[str] = set()
         self.made = 0
         self._jobs_of: dict[str, set[str]] = defaultdict(set)
+        self._gone: set[str] = set()
+        self._late: set[str] = set()
 
     @asynccontextmanager
     async def followed(self) -> AsyncIterator[None]:
-        """Keep note of every Job that is ever made."""
+        """Keep note of every Job that is ever made, and of those made for an owner that was known to be gone."""
 
-        def told(kind: str, job: Object) -> None:
+        def job_told(kind: str, job: Object) -> None:
             for owner in job["metadata"].get("ownerReferences", []):
                 self._jobs_of[owner["uid"]].add(job["metadata"]["uid"])
+                if kind == "ADDED" and owner["uid"] in self._gone:
+                    self._late.add(owner["uid"])
 
-        async with self._api.watching(JOBS, told):
+        def run_told(kind: str, run: Object) -> None:
+            if kind == "DELETED":
+                self._gone.add(run["metadata"]["uid"])
+
+        async with self._api.watching(JOBS, job_told), self._api.watching(ONLINE_TRAINING_JOBS, run_told):
             yield
 
     async def run(self) -> None:
@@ -63,10 +71,12 @@ class Churn:
         owners = {job["metadata"]["ownerReferences"][0]["uid"] for job in jobs}
         told = {run["metadata"]["uid"] for run in runs if _says(run, "Created")}
         uids = {run["metadata"]["uid"] for run in runs}
+        twice = {uid for uid, made in self._jobs_of.items() if len(made) > 1}
         return {
             "came": self.made,
             "live": len(runs),
-            "duplicates": sum(len(made) > 1 for made in self._jobs_of.values()),
+            "duplicates": len(twice),
+            "duplicates_of_gone_owners": len(twice & self._late),
             "lost": len(self.live - {run["metadata"]["name"] for run in runs}) + len(uids - (owners & told)),
             "orphans": len(owners - uids),
             "failed": sum(_says(run, "Failed") for run in runs),

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -47,7 +48,9 @@ FLEET = 1000
 STEADY_SECONDS = 60.0
 LEVELS = (100, 1000, 5000)
 FOREIGN_PODS = 20_000
-KILL_WITHIN_SECONDS = 0.7
+STARTS_TIMED = 5
+KILLED_WITHIN_STARTS = 2.0
+"""Kills fall between the start of the process and this many times the seconds until it has looked at everything."""
 
 
 async def burst(server: ApiServer, api: Api, _: argparse.Namespace) -> Row:
@@ -249,8 +252,10 @@ async def kills(server: ApiServer, api: Api, options: argparse.Namespace) -> Row
         churn = Churn(api, random.Random(options.seed))
         async with churn.followed():
             came = asyncio.create_task(churn.run())
+            await asyncio.sleep(5)
+            start = statistics.median([await _start_and_kill(starter) for _ in range(STARTS_TIMED)])
             began = time.monotonic()
-            await _kill(starter, options.kills, random.Random(options.seed + 1))
+            await _kill(starter, options.kills, random.Random(options.seed + 1), within=KILLED_WITHIN_STARTS * start)
             killing = time.monotonic() - began
             came.cancel()
             await asyncio.gather(came, return_exceptions=True)
@@ -263,6 +268,7 @@ async def kills(server: ApiServer, api: Api, options: argparse.Namespace) -> Row
     passed = converged is not None and converged <= 30 and not any((found["duplicates"], found["lost"], found["orphans"], found["failed"]))
     return {
         "kills": options.kills,
+        "start_s": round(start, 2),
         "seconds": round(killing, 1),
         "converged_s": None if converged is None else round(converged, 1),
         **found,
@@ -270,11 +276,19 @@ async def kills(server: ApiServer, api: Api, options: argparse.Namespace) -> Row
     }
 
 
-async def _kill(starter: Zygote, times: int, chance: random.Random) -> None:
+async def _start_and_kill(starter: Zygote) -> float:
+    """Seconds from the start of an operator until it has looked at what it found."""
+    process = starter.start()
+    took = await until_async("the operator has looked at what it found", lambda: _passed(process, 1))
+    await asyncio.to_thread(starter.kill)
+    return took
+
+
+async def _kill(starter: Zygote, times: int, chance: random.Random, *, within: float) -> None:
     """Start and kill, each moment from the start of the process to well after it has worked off what it found."""
     for _ in range(times):
         starter.start()
-        await asyncio.sleep(chance.uniform(0.0, KILL_WITHIN_SECONDS))
+        await asyncio.sleep(chance.uniform(0.0, within))
         await asyncio.to_thread(starter.kill)
 
 

@@ -21,6 +21,7 @@ from otj_runtime.data.load import load_prompts
 from otj_runtime.rewards import load_rewards
 from otj_runtime.rollout.transformers_engine import TransformersEngine
 from otj_runtime.train.checkpoints import newest_checkpoint
+from otj_runtime.train.generator import Generator
 
 
 def strike(owner: Any, method: str, number: int, call: int) -> None:
@@ -40,8 +41,11 @@ def strike(owner: Any, method: str, number: int, call: int) -> None:
 PLACES = {"generate": (TransformersEngine, "generate"), "backward": (torch.Tensor, "backward"), "save": (Trainer, "_save_rng_state")}
 
 
-def train(model: str, output: str, arguments: dict[str, Any], blow: tuple[str, str] | None) -> None:
-    """Train from the newest checkpoint to the end, or to the signal `blow[0]` at `blow[1]`; leave how it ended in the file `end`."""
+def train(model: str, output: str, arguments: dict[str, Any], blow: tuple[str, str] | None, generator: Generator | None) -> None:
+    """Train from the newest checkpoint to the end, or to the signal `blow[0]` at `blow[1]`; leave how it ended in the file `end`.
+
+    Without a generator the ranks sample by themselves.
+    """
     torch.set_num_threads(1)
     if blow is not None:
         place, call = blow[1].split(":")
@@ -49,8 +53,9 @@ def train(model: str, output: str, arguments: dict[str, Any], blow: tuple[str, s
     trainer = GRPOTrainer(
         model,
         load_rewards([], task="copy"),
-        args=GRPOConfig(output_dir=output, use_cpu=True, **arguments),
+        args=GRPOConfig(output_dir=output, use_cpu=True, use_vllm=generator is not None, **arguments),
         train_dataset=load_prompts(DatasetSpec(task="copy", args={"length": 4}), seed=0),
+        generator=generator,
     )
     checkpoint = newest_checkpoint(Path(output))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
+import torch
 
 from otj_runtime.data.model import build_tiny
 from otj_runtime.pod.metrics import read_metrics
 from otj_runtime.train.checkpoints import INCOMPLETE, complete_checkpoints, newest_checkpoint
+from otj_runtime.train.generator import Generator
+from tests.integration import conftest
 from tests.integration.killable import train
 
 pytestmark = pytest.mark.integration
@@ -45,11 +50,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(tiny: Path, output: Path, blow: tuple[str, str] | None = None) -> tuple[int | None, str]:
+def run(
+    tiny: Path, output: Path, blow: tuple[str, str] | None = None, *, generator: Generator | None = None, **more: Any
+) -> tuple[int | None, str]:
     """Exit status of a run, and how it says it ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.integration.killable"])
-    process = context.Process(target=train, args=(str(tiny), str(output), ARGUMENTS, blow))
+    process = context.Process(target=train, args=(str(tiny), str(output), ARGUMENTS | more, blow, generator))
     process.start()
     process.join(DEADLINE)
     process.kill()
@@ -91,3 +98,43 @@ def test_a_resumed_run_makes_the_very_steps_of_one_that_nothing_happened_to(
     assert run(tiny, tmp_path) == (0, "finished 5")
     assert numbers(tmp_path) == undisturbed
     assert not list((tmp_path / INCOMPLETE).glob("*"))
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path, generator: Callable[..., conftest.Generator]) -> Generator:
+    server = generator(tiny)
+    return Generator(url=server.url, mailbox=Path(server.config.mailbox), dtype="float32", ready_timeout_s=conftest.START_SECONDS)
+
+
+def prompts(output: Path) -> list[list[str]]:
+    """What each step asked."""
+    tables = sorted((output / "completions").glob("*.parquet"))
+    return [pyarrow.parquet.read_table(table)["prompt"].to_pylist() for table in tables]
+
+
+def versions(output: Path) -> dict[int, float]:
+    """The version of the weights that completions came from, by the step that sampled them."""
+    lines, _ = read_metrics(output / "metrics.jsonl")
+    return {line.step: line.metrics["policy_version"] for line in lines if "reward" in line.metrics}
+
+
+def random_states(output: Path) -> dict[str, Any]:
+    """Where the random numbers of the process stood at the end."""
+    states: dict[str, Any] = torch.load(output / "checkpoint-5" / "rng_state.pth", weights_only=False)
+    return states | {
+        "cpu": states["cpu"].tolist(),
+        "numpy": [part.tolist() if hasattr(part, "tolist") else part for part in states["numpy"]],
+    }
+
+
+def test_with_vllm_a_resumed_run_has_the_prompts_versions_and_random_numbers_of_an_undisturbed_one(
+    tiny: Path, tmp_path: Path, served: Generator
+) -> None:
+    # vLLM samples for itself, so the completions differ; what decides everything else must not.
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(tiny, whole, generator=served, log_completions=True) == (0, "finished 5")
+    assert run(tiny, broken, ("SIGKILL", "backward:3"), generator=served, log_completions=True) == (-signal.SIGKILL, "")
+    assert run(tiny, broken, generator=served, log_completions=True) == (0, "finished 5")
+    assert prompts(broken) == prompts(whole)
+    assert versions(broken) == versions(whole) == {1: 0, 3: 2, 5: 4}
+    assert random_states(broken) == random_states(whole)
