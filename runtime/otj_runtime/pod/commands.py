@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from otj_runtime.api import Device, DType, OnlineTrainingJob
-from otj_runtime.api.spec import GenerationSpec
+from otj_runtime.api.spec import GenerationSpec, LoRASpec
 from otj_runtime.api.training import completions_per_rank
 from otj_runtime.pod.config import CONFIG_ENV, PodConfig
 from otj_runtime.pod.names import SERVED_MODEL, STATUS_ROUTE
@@ -25,6 +25,15 @@ BASE_MODEL = "base"
 
 ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
+
+ADAPTED_LAYERS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2"),
+    *("c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+)
+"""Layers that vLLM makes room for where the job names none: the linear ones of its decoders but the output layer. With that adapted, its
+CPU worker dies of the first request for a prompt's log-probabilities, as the proof makes. A model with others must name them; an adapter
+that vLLM has no room for is not installed, which the proof sees."""
 
 WEIGHT_TRANSFER = '{"backend": "otj_mailbox"}'
 
@@ -58,16 +67,8 @@ def generator_command(job: OnlineTrainingJob, config: PodConfig) -> list[str]:
         dtype=config.generator_dtype,
         device=config.device,
         sequences=sequences_at_once(job),
-        adapter_rank=adapter_rank(job),
+        adapter=job.spec.lora if job.spec.lora is not None and job.spec.lora.sync == "adapter" else None,
     )
-
-
-def adapter_rank(job: OnlineTrainingJob) -> int | None:
-    """Rank of the adapters that vLLM makes room for: the smallest it knows that holds the job's; None if no adapter is sent."""
-    lora = job.spec.lora
-    if lora is None or lora.sync != "adapter":
-        return None
-    return next(rank for rank in ADAPTER_RANKS if rank >= lora.rank)
 
 
 def sequences_at_once(job: OnlineTrainingJob) -> int | None:
@@ -87,7 +88,7 @@ def server_command(
     dtype: DType,
     device: Device,
     sequences: int | None = None,
-    adapter_rank: int | None = None,
+    adapter: LoRASpec | None = None,
 ) -> list[str]:
     """vLLM's server. It starts with dummy weights, because the first sync brings all of them; or, where only an adapter is sent, with
     the model's own, under another name: the policy is the adapter.
@@ -100,12 +101,12 @@ def server_command(
         dtype: what to compute in.
         sequences: most completions that one engine has under way: it sizes vLLM's tables, and the CUDA graphs that it records at
             start, by it. Default: vLLM's own guess.
-        adapter_rank: largest rank of the adapter that is sent. Default: none is.
+        adapter: the adapter that is sent. Default: none is.
     """
     host, port = url.removeprefix("http://").rsplit(":", 1)
     command = [
         *(PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", model, *_served(adapter_rank)),
+        *("--model", model, *_served(adapter)),
         *("--host", host, "--port", port),
         *("--dtype", dtype.value, "--tensor-parallel-size", str(generation.tensor_parallel_size or generation.gpus)),
         *("--weight-transfer-config", WEIGHT_TRANSFER),
@@ -127,10 +128,12 @@ def server_command(
     return command + generation.extra_args
 
 
-def _served(adapter_rank: int | None) -> list[str]:
-    if adapter_rank is None:
+def _served(adapter: LoRASpec | None) -> list[str]:
+    if adapter is None:
         return ["--served-model-name", SERVED_MODEL, "--load-format", "dummy"]
-    return ["--served-model-name", BASE_MODEL, "--enable-lora", "--max-loras", "1", "--max-lora-rank", str(adapter_rank)]
+    rank = next(rank for rank in ADAPTER_RANKS if rank >= adapter.rank)
+    room = ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+    return ["--served-model-name", BASE_MODEL, *room, "--lora-target-modules", *(adapter.target_modules or ADAPTED_LAYERS)]
 
 
 def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:

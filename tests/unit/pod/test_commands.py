@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from otj_runtime.api import OnlineTrainingJob
-from otj_runtime.pod.commands import generator_command, generator_environment, shared_environment
+from otj_runtime.pod.commands import ADAPTED_LAYERS, generator_command, generator_environment, shared_environment
 from otj_runtime.pod.config import resolve
 
 
@@ -41,6 +41,17 @@ def test_a_generator_of_an_adapter_loads_the_model_itself_and_makes_room_for_the
     merged = options({"gpus": 2, "lora": {"rank": 20}})
     assert (merged["--served-model-name"], merged["--load-format"]) == ("policy", "dummy")
     assert "--max-lora-rank" not in merged
+
+
+@pytest.mark.parametrize(
+    ("lora", "layers"), [({}, ADAPTED_LAYERS), ({"targetModules": ["q_proj", "lm_head"]}, ("q_proj", "lm_head"))], ids=["default", "named"]
+)
+def test_vllm_makes_room_for_the_adapted_layers_only(lora: dict[str, Any], layers: tuple[str, ...]) -> None:
+    job = job_of({"gpus": 2, "lora": {"sync": "adapter", **lora}})
+    command = generator_command(job, resolve(job))
+    at = command.index("--lora-target-modules") + 1
+    assert tuple(command[at : at + len(layers)]) == layers
+    assert command[at + len(layers)].startswith("--")
 
 
 @pytest.mark.parametrize(
