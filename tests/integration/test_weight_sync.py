@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -15,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorNotReady
+from otj_runtime.rollout.types import Span
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.integration
 
 FAMILIES = ["embed_tokens", "norm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SEQUENCES = random_sequences(VOCABULARY)
+PROMPT = [5, 6, 7, 8]
 
 
 # The runs of test_otj_run.py have an untied output layer, proven at every sync.
@@ -152,26 +155,31 @@ def test_a_trainer_that_is_another_model_than_it_sends_diverges(tied_server: Gen
         sync.proven(40)
 
 
-def test_a_request_in_flight_is_finished_with_the_new_weights(tied_server: Generator) -> None:
+def test_a_request_in_flight_goes_on_with_the_new_weights_and_each_token_names_those_that_gave_it(tied_server: Generator) -> None:
     model = _load(tied_server.model)
     sync = _sync(tied_server, model)
     sync.push(50)
+    policies = {50: copy.deepcopy(model)}
     answers: list[dict[str, Any]] = []
     asking = threading.Thread(target=lambda: answers.append(_generate(tied_server.url, tokens=100, count=48)))
     asking.start()
-    versions = [51, 52, 53]
-    for version in versions:
+    for version in (51, 52, 53):
         _perturb(model, "proj", seed=version)
         sync.push(version)
+        policies[version] = copy.deepcopy(model)
         assert _proven(sync, version) <= EXACT_BOUND
     asking.join(timeout=120)
     (answer,) = answers
-    spans = [choice["weight_versions"] for choice in answer["choices"]]
-    assert [row[-1]["end"] for row in spans] == [len(choice["token_ids"]) for choice in answer["choices"]]
-    for row in spans:
-        seen = [int(span["version"]) for span in row]
-        assert seen == sorted(seen)
-        assert set(seen) <= {50, *versions}
+    mixed = [choice for choice in answer["choices"] if len(choice["weight_versions"]) > 1]
+    assert mixed, "no request was in flight at an install"
+    for choice in mixed:
+        spans = [Span(int(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"]]
+        assert [span.version for span in spans] == sorted(span.version for span in spans)
+        assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
+        assert spans[-1].end == len(choice["token_ids"])
+    for choice in mixed[:8]:
+        said = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        assert said == pytest.approx(_replayed(policies, PROMPT, choice), abs=EXACT_BOUND)
 
 
 @pytest.mark.nightly  # test_otj_run.py has a run whose generator is killed; here are the corners
@@ -293,9 +301,24 @@ def _install(server: Generator, writer: MailboxWriter, ticket: Ticket) -> None:
     installer.end(ticket, writer.receipts, Phases())
 
 
+def _replayed(policies: dict[int, Any], prompt: list[int], choice: dict[str, Any]) -> list[float]:
+    """Log-probabilities of a completion's tokens, each from the weights that it names, on keys and values that stay those of the weights
+    which read the token: what a request goes on with after an install."""
+    found: list[float] = []
+    tokens: list[int] = choice["token_ids"]
+    unread, cache = prompt, DynamicCache()
+    with torch.no_grad():
+        for span in choice["weight_versions"]:
+            for token in tokens[span["start"] : span["end"]]:
+                output = policies[int(span["version"])](torch.tensor([unread]), past_key_values=cache)
+                found.append(float(output.logits[0, -1].log_softmax(-1)[token]))
+                unread = [token]
+    return found
+
+
 def _generate(url: str, *, tokens: int, count: int) -> dict[str, Any]:
     parameters = {"n": count, "max_tokens": tokens, "temperature": 1.0, "logprobs": 0, "output_kind": 2, "ignore_eos": True}
-    body = json.dumps({"model": "policy", "token_ids": [5, 6, 7, 8], "sampling_params": parameters}).encode()
+    body = json.dumps({"model": "policy", "token_ids": PROMPT, "sampling_params": parameters}).encode()
     request = urllib.request.Request(f"{url}/inference/v1/generate", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
         answer: dict[str, Any] = json.load(response)
