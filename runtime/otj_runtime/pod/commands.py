@@ -67,7 +67,7 @@ def generator_command(job: OnlineTrainingJob, config: PodConfig) -> list[str]:
         dtype=config.generator_dtype,
         device=config.device,
         sequences=sequences_at_once(job),
-        adapter=job.spec.lora if job.spec.lora is not None and job.spec.lora.sync == "adapter" else None,
+        adapter=config.adapter,
     )
 
 
@@ -154,7 +154,7 @@ def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:
 
 def generator_environment(config: PodConfig) -> dict[str, str]:
     """What only the generator container gets."""
-    adapters = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None and config.lora.sync == "adapter" else {}
+    adapters = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.adapter is not None else {}
     return server_environment(config.device) | {"VLLM_CACHE_ROOT": f"{config.output}/.cache/vllm"} | adapters
 
 

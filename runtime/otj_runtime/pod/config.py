@@ -81,6 +81,11 @@ class PodConfig(ApiModel):
             raise InvalidSpec("spec.dataset is missing: the built-in trainer has nothing to train on")
         return self.dataset
 
+    @property
+    def adapter(self) -> LoRASpec | None:
+        """The adapter that the generator gets instead of weights; None where all weights are sent."""
+        return self.lora if self.lora is not None and self.lora.sync == "adapter" else None
+
     @classmethod
     def from_environment(cls) -> PodConfig:
         """The configuration in OTJ_CONFIG.

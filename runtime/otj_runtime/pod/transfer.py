@@ -32,7 +32,7 @@ class Transfer:
 
 def choose(config: PodConfig) -> Transfer:
     """What goes to the generator after each step."""
-    if config.lora is not None and config.lora.sync == "adapter":
+    if config.adapter is not None:
         return Transfer("adapter", "lora.sync is adapter")
     if config.weight_transfer == "delta":
         return Transfer("delta", "asked for; everything is sent whole where that is safer, or less")
