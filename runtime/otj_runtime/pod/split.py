@@ -77,6 +77,6 @@ def advice_text(metrics: Mapping[str, float]) -> str | None:
         gpus, now, then = (metrics[name] for name in ("split/generation_gpus", "step_time", "split/step_time"))
     except KeyError:
         return None
-    if then > (1 - WORTHWHILE / 2) * now:  # half, because both numbers were rounded on their way here
+    if then >= now:
         return None
     return f"generation.gpus: {gpus:.0f} would take about {then:.3g} s a step instead of {now:.3g} s, for the same batch"

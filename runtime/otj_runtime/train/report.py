@@ -109,7 +109,8 @@ class Reporter(TrainerCallback):
         if url is None:
             return
         metrics = numbers | {"current_step": state.global_step, "total_steps": state.max_steps, "world_size": self._world_size}
-        status: dict[str, Any] = {"metrics": [{"name": name[:64], "value": f"{value:.6g}"} for name, value in metrics.items()]}
+        # In full, as transformers' own callback reports the same numbers there: rounded, equal ones would differ.
+        status: dict[str, Any] = {"metrics": [{"name": name[:64], "value": str(value)} for name, value in metrics.items()]}
         if state.max_steps > 0:
             status["progressPercentage"] = int(100 * state.global_step / state.max_steps)
         try:

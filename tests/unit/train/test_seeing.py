@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.parquet
 import pytest
 from transformers import TrainerCallback
 
 from otj_runtime.data.tasks import make_samples
+from otj_runtime.launch.board import Board
 from otj_runtime.pod.errors import DatasetInvalid, InvalidSpec
-from otj_runtime.pod.metrics import MetricsLine, read_metrics
+from otj_runtime.pod.metrics import MetricsLine, StatusUpdate, TrainerStatus, read_metrics
 from otj_runtime.rewards import position_match
 from otj_runtime.train.checkpoints import complete_checkpoints
 from otj_runtime.train.config import GRPOConfig, OnlineDPOConfig
@@ -83,6 +86,47 @@ def test_held_out_prompts_are_answered_while_training_and_trackers_get_everythin
     assert "Evaluation" in (tmp_path / "report.html").read_text()
     some = SAMPLES.held_out[:8]
     assert trainer.evaluate({"some": some})["eval_some_reward"] == trainer.evaluate(some)["eval_reward"], "greedy answers differ"
+
+
+class Launcher(BaseHTTPRequestHandler):
+    """Notes what the trainer reports."""
+
+    heard: ClassVar[list[TrainerStatus]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.heard.append(StatusUpdate.model_validate_json(body).trainerStatus)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Launcher]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Launcher)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "token").write_text("secret")
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", f"http://127.0.0.1:{server.server_address[1]}/")
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_TOKEN", str(tmp_path / "token"))
+    Launcher.heard.clear()
+    yield Launcher
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_split_in_use_is_not_advised_whoever_reports_the_seconds_of_a_step(
+    tiny_folder: Path, tmp_path: Path, launcher: type[Launcher]
+) -> None:
+    trainer = grpo(tiny_folder, tmp_path, report_to="kubeflow")  # transformers reports beside our reporter, as in a pod
+    trainer.reporter.advise = lambda metrics: {"split/generation_gpus": 1.0, "split/step_time": metrics["step_time"]}
+    trainer.train()
+    board = Board()
+    for status in launcher.heard:
+        board.absorb(status, now=0.0)
+        assert board.report().progress.advice is None
+    assert board.number("step_time") == board.number("split/step_time") == lines_of(tmp_path)[-1].metrics["step_time"]
 
 
 def test_a_signal_ends_an_evaluation_and_the_training_with_a_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
