@@ -48,6 +48,7 @@ FLEET = 1000
 STEADY_SECONDS = 60.0
 LEVELS = (100, 1000, 5000)
 FOREIGN_PODS = 20_000
+LIVE_AT_FIRST = 10
 STARTS_TIMED = 5
 KILLED_WITHIN_STARTS = 2.0
 """Kills fall between the start of the process and this many times the seconds until it has looked at everything."""
@@ -252,7 +253,7 @@ async def kills(server: ApiServer, api: Api, options: argparse.Namespace) -> Row
         churn = Churn(api, random.Random(options.seed))
         async with churn.followed():
             came = asyncio.create_task(churn.run())
-            await asyncio.sleep(5)
+            await until("there are jobs to look at", lambda: len(churn.live) >= LIVE_AT_FIRST)
             start = statistics.median([await _start_and_kill(starter) for _ in range(STARTS_TIMED)])
             began = time.monotonic()
             await _kill(starter, options.kills, random.Random(options.seed + 1), within=KILLED_WITHIN_STARTS * start)

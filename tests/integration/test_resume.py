@@ -18,7 +18,7 @@ import torch
 from otj_runtime.data.model import build_tiny
 from otj_runtime.pod.metrics import read_metrics
 from otj_runtime.train.checkpoints import INCOMPLETE, complete_checkpoints, newest_checkpoint
-from otj_runtime.train.generator import Generator
+from otj_runtime.train.generator import Generator, pod_generator
 from tests.integration import conftest
 from tests.integration.killable import train
 
@@ -102,8 +102,7 @@ def test_a_resumed_run_makes_the_very_steps_of_one_that_nothing_happened_to(
 
 @pytest.fixture(scope="module")
 def served(tiny: Path, generator: Callable[..., conftest.Generator]) -> Generator:
-    server = generator(tiny)
-    return Generator(url=server.url, mailbox=Path(server.config.mailbox), dtype="float32", ready_timeout_s=conftest.START_SECONDS)
+    return pod_generator(generator(tiny).config)
 
 
 def prompts(output: Path) -> list[list[str]]:

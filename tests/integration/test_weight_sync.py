@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorNotReady
-from otj_runtime.rollout.types import Span
+from otj_runtime.rollout.types import Completion
+from otj_runtime.rollout.vllm_engine import parse_choice
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases
@@ -163,23 +164,25 @@ def test_a_request_in_flight_goes_on_with_the_new_weights_and_each_token_names_t
     answers: list[dict[str, Any]] = []
     asking = threading.Thread(target=lambda: answers.append(_generate(tied_server.url, tokens=100, count=48)))
     asking.start()
-    for version in (51, 52, 53):
+    versions = [51, 52, 53]
+    for version in versions:
         _perturb(model, "proj", seed=version)
         sync.push(version)
         policies[version] = copy.deepcopy(model)
         assert _proven(sync, version) <= EXACT_BOUND
     asking.join(timeout=120)
     (answer,) = answers
-    mixed = [choice for choice in answer["choices"] if len(choice["weight_versions"]) > 1]
+    spans = [choice["weight_versions"] for choice in answer["choices"]]
+    assert [row[-1]["end"] for row in spans] == [len(choice["token_ids"]) for choice in answer["choices"]]
+    for row in spans:
+        seen = [int(span["version"]) for span in row]
+        assert seen == sorted(seen)
+        assert set(seen) <= {50, *versions}
+        assert [span["start"] for span in row] == [0, *(span["end"] for span in row[:-1])]
+    mixed = [completion for choice in answer["choices"] if (completion := parse_choice(choice, 50)).spans]
     assert mixed, "no request was in flight at an install"
-    for choice in mixed:
-        spans = [Span(int(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"]]
-        assert [span.version for span in spans] == sorted(span.version for span in spans)
-        assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
-        assert spans[-1].end == len(choice["token_ids"])
-    for choice in mixed[:8]:
-        said = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        assert said == pytest.approx(_replayed(policies, PROMPT, choice), abs=EXACT_BOUND)
+    for completion in mixed[:8]:
+        assert completion.logprobs == pytest.approx(_replayed(policies, PROMPT, completion), abs=EXACT_BOUND)
 
 
 @pytest.mark.nightly  # test_otj_run.py has a run whose generator is killed; here are the corners
@@ -301,16 +304,15 @@ def _install(server: Generator, writer: MailboxWriter, ticket: Ticket) -> None:
     installer.end(ticket, writer.receipts, Phases())
 
 
-def _replayed(policies: dict[int, Any], prompt: list[int], choice: dict[str, Any]) -> list[float]:
+def _replayed(policies: dict[int, Any], prompt: list[int], completion: Completion) -> list[float]:
     """Log-probabilities of a completion's tokens, each from the weights that it names, on keys and values that stay those of the weights
     which read the token: what a request goes on with after an install."""
     found: list[float] = []
-    tokens: list[int] = choice["token_ids"]
     unread, cache = prompt, DynamicCache()
     with torch.no_grad():
-        for span in choice["weight_versions"]:
-            for token in tokens[span["start"] : span["end"]]:
-                output = policies[int(span["version"])](torch.tensor([unread]), past_key_values=cache)
+        for span in completion.spans:
+            for token in completion.token_ids[span.start : span.end]:
+                output = policies[span.version](torch.tensor([unread]), past_key_values=cache)
                 found.append(float(output.logits[0, -1].log_softmax(-1)[token]))
                 unread = [token]
     return found
