@@ -55,6 +55,9 @@ class StartUp:
 
     def look(self, **reached: bool) -> bool:
         """Note the phases that are reached for the first time; whether one was."""
+        if reached.get("first_step"):
+            # A step needs both sides, even if the generator's next look was not due yet when the step was told.
+            reached = dict.fromkeys(reached, True)
         new = {phase: round(self._clock() - self._began, 1) for phase, now in reached.items() if now and phase not in self.seconds}
         self.seconds |= new
         return bool(new)

@@ -29,6 +29,12 @@ def test_a_phase_is_noted_when_it_is_first_seen() -> None:
     assert startup.describe() == "trainer 10 s, generator 40 s"
 
 
+def test_the_first_step_tells_of_both_sides_whichever_was_looked_at_later() -> None:
+    startup = StartUp(90.0, clock=lambda: 100.0)
+    assert startup.look(generator=False, trainer=True, first_step=True)
+    assert startup.seconds == {"generator": 10.0, "trainer": 10.0, "first_step": 10.0}
+
+
 def test_the_clock_runs_from_the_first_container_of_the_pod(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     leave_stamp(config)
