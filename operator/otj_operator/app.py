@@ -15,7 +15,7 @@ import kopf
 from otj_operator.controller import Controller
 from otj_operator.controller.controller import OWN
 from otj_operator.kopf_storage import NoDiffBase, NoProgress
-from otj_operator.kube import load_configuration
+from otj_operator.kube import PAGE, load_configuration
 from otj_operator.kube.session import Called, open_session
 from otj_runtime.api import GROUP, PLURAL, VERSION
 from otj_runtime.pod import names
@@ -72,13 +72,14 @@ def build_settings() -> kopf.OperatorSettings:
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 30
     settings.watching.reconnect_backoff = 0.5
-    settings.watching.chunk_size = 500
+    settings.watching.chunk_size = PAGE
     settings.watching.label_selectors["batch", "v1", "jobs"] = OWN
     settings.watching.label_selectors["", "v1", "pods"] = f"{OWN},{names.JOB_LABEL}"
     settings.networking.request_timeout = 30
     # After the last one kopf gives up and the process ends: five minutes of a silent API server are no reason yet.
     settings.networking.error_backoffs = [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 60, 60, 60]
-    settings.queueing.idle_timeout = 2
+    # Until then kopf holds an object's last event, whole. Not 0, which would never let it take the first.
+    settings.queueing.idle_timeout = 0.1
     settings.execution.default_backoff = 5
     # At INFO kopf writes a line for every event of every object.
     logging.getLogger("kopf").setLevel(logging.WARNING)

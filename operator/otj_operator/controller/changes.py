@@ -35,5 +35,6 @@ async def patch(cluster: Cluster, cache: Cache, observed: Observed, step: Patch,
 
 async def ask(cluster: Cluster, observed: Observed, uid: str) -> Observed:
     """What Events warn of about the object with this uid."""
-    events, _ = await cluster.list(EVENTS, namespace=observed.parent.key.namespace, fields=f"involvedObject.uid={uid},type=Warning")
+    warnings = f"involvedObject.uid={uid},type=Warning"
+    events, _ = await cluster.list(EVENTS, dict, namespace=observed.parent.key.namespace, fields=warnings)
     return replace(observed, told=Told.of(uid, events, at=datetime.now(UTC)))

@@ -160,8 +160,7 @@ class Controller:
 
     async def _list(self, resource: Resource, kind: type[V], shelf: Shelf[V], labels: str, namespace: str | None) -> set[Key]:
         shelf.begin_listing()
-        items, version = await self._cluster.list(resource, namespace=namespace, labels=labels)
-        views = [kind.of(item) for item in items]
+        views, version = await self._cluster.list(resource, kind.of, namespace=namespace, labels=labels)
         changed = shelf.take(views, version, namespace=namespace)
         for view in views:
             if view.key in changed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlencode
 
 import aiohttp
@@ -21,9 +21,12 @@ from otj_operator.kube.resources import Resource
 from otj_operator.kube.session import Called, open_session
 
 Object = dict[str, Any]
+T = TypeVar("T")
 
 CALL_SECONDS = 30
-PAGE = 500
+PAGE = 100
+"""Objects in one answer of a listing. One is some 15 KB of JSON and ten times that once parsed, so this bounds what a listing takes."""
+
 CONNECTIONS = 64
 
 _TIMEOUT = aiohttp.ClientTimeout(total=CALL_SECONDS)
@@ -60,14 +63,17 @@ class Cluster:
         await self._session.close()
 
     async def list(
-        self, resource: Resource, *, namespace: str | None = None, labels: str = "", fields: str = ""
-    ) -> tuple[list[Object], str]:
-        """All objects that `labels` and `fields` select, in one namespace or all, and the resource version they were read at."""
-        items: list[Object] = []
+        self, resource: Resource, read: Callable[[Object], T], *, namespace: str | None = None, labels: str = "", fields: str = ""
+    ) -> tuple[list[T], str]:
+        """What `read` makes of all objects that `labels` and `fields` select, in one namespace or all, and the version they were read at.
+
+        No more than a page of raw objects is held at a time.
+        """
+        items: list[T] = []
         query = {"limit": str(PAGE), "labelSelector": labels, "fieldSelector": fields}
         while True:
             page = await self._call("GET", resource.path(namespace) + "?" + urlencode(query))
-            items += page["items"]
+            items += map(read, page["items"])
             query["continue"] = page["metadata"].get("continue", "")
             if not query["continue"]:
                 return items, str(page["metadata"]["resourceVersion"])
