@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from otj_operator.plan.sharing import share_strings
 from otj_runtime.api.lifecycle import OPERATOR
 from otj_runtime.pod import names
 
@@ -78,8 +79,8 @@ class Parent:
             resource_version=metadata["resourceVersion"],
             created=metadata["creationTimestamp"],
             deleting="deletionTimestamp" in metadata,
-            document={"apiVersion": raw["apiVersion"], "kind": raw["kind"], "metadata": carried, "spec": raw.get("spec")},
-            status=raw.get("status") or {},
+            document=share_strings({"apiVersion": raw["apiVersion"], "kind": raw["kind"], "metadata": carried, "spec": raw.get("spec")}),
+            status=share_strings(raw.get("status") or {}),
         )
 
     @property
