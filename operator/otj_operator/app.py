@@ -79,7 +79,7 @@ def build_settings() -> kopf.OperatorSettings:
     # After the last one kopf gives up and the process ends: five minutes of a silent API server are no reason yet.
     settings.networking.error_backoffs = [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 60, 60, 60]
     # Until then kopf holds an object's last event, whole. Not 0, which would never let it take the first.
-    settings.queueing.idle_timeout = 0.1
+    settings.queueing.idle_timeout = 0.2
     settings.execution.default_backoff = 5
     # At INFO kopf writes a line for every event of every object.
     logging.getLogger("kopf").setLevel(logging.WARNING)

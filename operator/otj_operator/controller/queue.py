@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
-FAIR = 8
+FAIR = 64
 """Of so many keys at least one is the longest waiting that is not urgent."""
 
 

@@ -27,7 +27,7 @@ CALL_SECONDS = 30
 PAGE = 100
 """Objects in one answer of a listing. One is some 15 KB of JSON and ten times that once parsed, so this bounds what a listing takes."""
 
-CONNECTIONS = 16
+CONNECTIONS = 64
 
 _TIMEOUT = aiohttp.ClientTimeout(total=CALL_SECONDS)
 
