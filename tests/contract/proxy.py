@@ -81,7 +81,10 @@ class Proxy:
             reason = {409: "Conflict", 429: "TooManyRequests", 500: "InternalError"}[status]
             answer = {"kind": "Status", "code": status, "reason": reason, "message": "injected"}
             return web.json_response(answer, status=status, headers={"Retry-After": "1"} if status == 429 else None)
-        return await self._forward(request, watch)
+        try:
+            return await self._forward(request, watch)
+        except ConnectionResetError:
+            return web.Response()  # for nobody: the operator has hung up meanwhile
 
     async def _forward(self, request: web.Request, watch: bool) -> web.StreamResponse:
         headers = {name: request.headers[name] for name in PASSED if name in request.headers}

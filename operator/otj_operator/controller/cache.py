@@ -96,19 +96,28 @@ class Cache:
         self.jobs: Shelf[JobView] = Shelf()
         self.pods: Shelf[PodView] = Shelf()
         self.workloads: Shelf[WorkloadView] = Shelf()
-        self._ends: dict[Key, JobView] = {}
+        self._gone: dict[Key, JobView] = {}
 
     def remove_job(self, view: JobView) -> None:
-        """Forget a Job, but not how it ended: ttlSecondsAfterFinished may remove it before anybody has read its end."""
+        """A Job is gone, and remembered until `forget_gone`.
+
+        ttlSecondsAfterFinished may remove one before anybody has read its end; and who is not yet known to have had a Job, nor to be
+        gone itself, would be given a second one.
+        """
         self.jobs.remove(view)
-        if view.ended:
-            self._ends[view.key] = view
+        self._gone[view.key] = view
 
     def job_of(self, parent: Parent) -> JobView | None:
         """The Job of `parent`, or its end if it is gone, or else whatever Job has the name."""
-        candidates = (*self.jobs.of(parent.key), *filter(None, [self._ends.get(parent.key)]))
+        gone = self._gone.get(parent.key)
+        candidates = (*self.jobs.of(parent.key), *([gone] if gone is not None and gone.ended else []))
         own = (job for job in candidates if job.owner is not None and job.owner.uid == parent.uid)
         return next(own, None) or self.jobs.newest(parent.key)
+
+    def bereft(self, parent: Parent) -> bool:
+        """Whether `parent` had a Job that is gone."""
+        gone = self._gone.get(parent.key)
+        return gone is not None and gone.owner is not None and gone.owner.uid == parent.uid
 
     def workload_of(self, job: JobView | None) -> WorkloadView | None:
         """What Kueue keeps about `job`."""
@@ -120,9 +129,9 @@ class Cache:
         """Whether a job waits for its Job to be created."""
         return not self.jobs.of(key) and any(not parent.status for parent in self.parents.of(key))
 
-    def forget_end(self, key: Key) -> None:
+    def forget_gone(self, key: Key) -> None:
         """The end of the Job of `key` is written down, or nobody asks for it any more."""
-        self._ends.pop(key, None)
+        self._gone.pop(key, None)
 
 
 def _version(view: View) -> int:

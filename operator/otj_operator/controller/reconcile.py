@@ -63,12 +63,13 @@ class Reconciler:
         if parent is None:
             self._written.pop(key, None)
             self._told.pop(key, None)
-            self._cache.forget_end(key)
+            self._cache.forget_gone(key)
             return None
         job = self._cache.job_of(parent)
         observed = Observed(
             parent=parent,
             job=job,
+            bereft=self._cache.bereft(parent),
             workload=self._cache.workload_of(job),
             told=self._told.get(key),
             pods=self._cache.pods.of(key),
@@ -133,7 +134,7 @@ class Reconciler:
         if settled.status is not None:
             await self._write(parent, settled.status)
         if finished(settled.status or parent.status):
-            self._cache.forget_end(parent.key)
+            self._cache.forget_gone(parent.key)
         for event in settled.events:
             self._teller.tell(parent, event)
 

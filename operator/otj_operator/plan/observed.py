@@ -64,12 +64,13 @@ class Refusal:
 class Observed:
     """Everything that one decision is made from.
 
-    `job` None means that the cache has none; `absence_confirmed` that the API server has none either. `silent_since` is when the
-    launcher's silence began, if it lasts too long. `written_at` is when this process last wrote the status.
+    `job` None means that the cache has none; `bereft` that it had one, which was deleted; `absence_confirmed` that the API server has none
+    either. `silent_since` is when the launcher's silence began, if it lasts too long. `written_at` is when this process last wrote the status.
     """
 
     parent: Parent
     job: JobView | None = None
+    bereft: bool = False
     absence_confirmed: bool = False
     pods: tuple[PodView, ...] = ()
     report: Report | None = None

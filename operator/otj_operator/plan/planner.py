@@ -44,7 +44,7 @@ def plan(observed: Observed, *, now: datetime, image: str) -> Step:
     if observed.refusal is not None:
         return _refused(draft, observed, observed.refusal, now)
     created = draft.before(ConditionType.CREATED)
-    if created is not None and created.status == "True":
+    if observed.bereft or (created is not None and created.status == "True"):
         return _lost(draft, observed, now)
     if job is not None:
         return _refused(draft, observed, taken(job, parent), now)

@@ -67,7 +67,7 @@ def test_the_end_of_a_job_that_was_removed_at_once_is_remembered_until_it_is_wri
     cache.jobs.put(job(version=4))
     cache.remove_job(ended)
     assert cache.job_of(parent()) == ended
-    cache.forget_end(KEY)
+    cache.forget_gone(KEY)
     assert cache.job_of(parent()) is None
 
 
@@ -76,6 +76,16 @@ def test_a_job_removed_before_its_end_is_gone() -> None:
     cache.jobs.put(job(version=4))
     cache.remove_job(job(version=5))
     assert cache.job_of(parent()) is None
+
+
+def test_who_had_a_job_is_bereft_until_that_is_forgotten_and_a_namesake_never() -> None:
+    cache = Cache()
+    assert not cache.bereft(parent())
+    cache.remove_job(job(version=5))
+    assert cache.bereft(parent())
+    assert not cache.bereft(parent(uid="its-successor"))
+    cache.forget_gone(KEY)
+    assert not cache.bereft(parent())
 
 
 def test_of_two_jobs_of_one_name_the_own_one_counts() -> None:

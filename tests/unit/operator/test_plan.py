@@ -258,6 +258,12 @@ def test_a_job_missing_from_the_cache_is_looked_for_before_it_is_given_up() -> N
     assert condition(lost, "Failed") == ("True", "JobLost")
 
 
+def test_a_job_deleted_before_anything_was_said_of_it_is_not_made_again() -> None:
+    seen = Observed(parent=parent(), bereft=True)
+    assert plan(seen, now=NOW, image=IMAGE) == Look()
+    assert condition(status(replace(seen, absence_confirmed=True)), "Failed") == ("True", "JobLost")
+
+
 def test_a_lost_job_is_over_only_when_its_pod_has_let_go_of_its_gpus() -> None:
     seen = Observed(parent=parent(status=TRAINING), absence_confirmed=True, pods=(training_pod(deleting=True),))
     found = status(seen)
