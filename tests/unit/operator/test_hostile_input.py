@@ -69,3 +69,12 @@ def test_every_container_passes_the_restricted_standard_on_a_read_only_root(name
     assert security["allowPrivilegeEscalation"] is False
     assert security["capabilities"] == {"drop": ["ALL"]}
     assert security["readOnlyRootFilesystem"] is True
+
+
+@pytest.mark.parametrize("text", ["Solve $$x^2$$.", "$(HOME)", "\\$(HOME)", "$"])
+def test_text_with_dollars_reaches_the_trainer_as_it_was_written(text: str) -> None:
+    """In the value of a variable Kubernetes replaces $(NAME), and $$ by $."""
+    (trainer,) = (container for container in containers({"dataset.args": {"instruction": text}}) if container["name"] == "trainer")
+    (value,) = (variable["value"] for variable in trainer["env"] if variable["name"] == "OTJ_CONFIG")
+    assert "$" not in value
+    assert json.loads(value)["dataset"]["args"] == {"instruction": text}
