@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.host import REPOSITORY
+from tests.cluster.host import REPOSITORY, ClusterError
 from tests.contract.apiserver import ApiServer, api_server, controllers
 from tests.contract.kubelet import Kubelet
-from tests.contract.operator_process import running_operator
+from tests.contract.operator_process import eventually, running_operator
+from tests.unit.api.specs import changed
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +35,15 @@ def install(server: ApiServer) -> None:
     """Do what the README says."""
     server.kubectl("apply", "-f", str(REPOSITORY / "manifests" / "install.yaml"))
     server.kubectl("wait", "--for=condition=Established", "crd/onlinetrainingjobs.onlinetraining.dev", "--timeout=20s")
+    eventually("the admission policies, which the API server takes up once a second, are in force", lambda: not _takes_a_secret(server))
+
+
+def _takes_a_secret(server: ApiServer) -> bool:
+    try:
+        server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(changed({"dataset.args": {"token": "abc"}})))
+    except ClusterError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ WAIT_SECONDS = 30.0
 
 
 @contextmanager
-def running_operator(server: ApiServer, *, name: str, progress_seconds: float = 0.2) -> Iterator[subprocess.Popen[bytes]]:
+def running_operator(
+    server: ApiServer, *, name: str, progress_seconds: float = 0.2, namespaces: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run the operator with the rights of install.yaml; at the end it must still be there, and stop when told to."""
     token = server.kubectl("create", "token", "online-training-operator", "-n", "online-training-system").strip()
     environment = {**os.environ, "KUBECONFIG": str(server.kubeconfig(name, token)), "NO_PROXY": "127.0.0.1"}
@@ -28,6 +30,7 @@ def running_operator(server: ApiServer, *, name: str, progress_seconds: float = 
     command = [
         *(sys.executable, "-m", "otj_operator", "--runtime-image", IMAGE, "--identity", name, "--port", str(port)),
         *("--namespace", "online-training-system", "--progress-seconds", str(progress_seconds), "--log-format", "text"),
+        *("--namespaces", namespaces),
     ]
     log = server.folder / f"{name}.log"
     with log.open("ab") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY) as process:

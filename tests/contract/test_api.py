@@ -13,7 +13,17 @@ from otj_runtime.api.lifecycle import CHANGEABLE, FIXED
 from otj_runtime.pod.names import QUEUE_LABEL
 from tests.cluster.host import REPOSITORY, ClusterError
 from tests.contract.apiserver import ApiServer
-from tests.unit.api.specs import HARMLESS_WORDS, INVALID, NO_SECRETS, REFUSED_BY_THE_SERVER, SCRIPT, VALID, Invalid, changed
+from tests.unit.api.specs import (
+    HARMLESS_WORDS,
+    INVALID,
+    NO_SECRET_ARGUMENTS,
+    NO_SECRETS,
+    REFUSED_BY_THE_SERVER,
+    SCRIPT,
+    VALID,
+    Invalid,
+    changed,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -29,7 +39,9 @@ def test_a_sample_is_accepted(server: ApiServer, path: Path) -> None:
 def test_an_invalid_spec_is_refused_at_apply_with_the_fix(server: ApiServer, case: Invalid) -> None:
     with pytest.raises(ClusterError) as refused:
         server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(case.document()))
-    assert case.message in str(refused.value)
+    said = str(refused.value)
+    assert case.message in said
+    assert "evaluating rule" not in said, "a rule must not fail of what another one refuses"
 
 
 def test_a_name_that_no_label_can_hold_is_refused(server: ApiServer) -> None:
@@ -48,8 +60,9 @@ def test_a_variable_may_be_set_only_once(server: ApiServer) -> None:
     [
         {"env": [{"name": name, "value": value} for name, value in NO_SECRETS.items()]},
         {"dataset": None, "trainer.command": [*SCRIPT, *HARMLESS_WORDS]},
+        {"rewards": [{"function": "a.b", "args": NO_SECRET_ARGUMENTS}], "dataset.args": NO_SECRET_ARGUMENTS},
     ],
-    ids=["variables", "arguments"],
+    ids=["variables", "words of a command", "arguments of functions"],
 )
 def test_what_is_only_called_like_a_secret_passes(server: ApiServer, changes: dict[str, Any]) -> None:
     server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(changed(changes)))

@@ -12,7 +12,7 @@ import pytest
 from otj_runtime.api import Reason
 from otj_runtime.pod.errors import ExitCode, FailureNote
 from tests.contract.apiserver import ApiServer
-from tests.contract.kubelet import Kubelet
+from tests.contract.kubelet import Kubelet, container
 from tests.contract.operator_process import eventually
 from tests.contract.runs import Run
 from tests.unit.api.specs import changed
@@ -134,6 +134,62 @@ def test_a_pod_that_was_told_to_stop_is_replaced_and_not_counted(managed_server:
     run.wait("Running")
     status = run.object()["status"]
     assert (status["restarts"], status["restartsCounted"]) == (1, 0)
+
+
+def test_a_pod_that_was_preempted_is_replaced_and_not_counted(managed_server: ApiServer, kubelet: Kubelet) -> None:
+    """Killed before the trainer could say a word: Kubernetes' condition is all there is."""
+    run = Run(managed_server, "preempted", {"backoffLimit": 0})
+    (first,) = eventually("a pod", lambda: pods(managed_server, "preempted"))
+    kubelet.run_pod(first)
+    run.wait("Running")
+    disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "for a more important pod"}
+    kubelet.pod_status(first, conditions=[disrupted])
+    kubelet.end_trainer(first, exit_code=137)
+    eventually("another pod", lambda: set(pods(managed_server, "preempted")) - {first})
+    assert run.condition("Failed") is None
+
+
+def test_a_model_that_is_not_there_is_not_looked_for_again(managed_server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(managed_server, "no-model")
+    (pod,) = eventually("a pod", lambda: pods(managed_server, "no-model"))
+    ended = {"exitCode": ExitCode.MODEL_NOT_FOUND, "reason": "Error"}
+    kubelet.pod_status(pod, phase="Failed", initContainerStatuses=[container("model", terminated=ended)])
+    run.wait("Failed", reason="ModelNotFound")
+    assert pods(managed_server, "no-model") == [pod]
+
+
+def test_the_generators_exit_code_is_no_error_of_the_user(managed_server: ApiServer, kubelet: Kubelet) -> None:
+    """vLLM's numbers are its own: the one that stands for a wrong dataset in the trainer says nothing here."""
+    run = Run(managed_server, "sidecar")
+    (first,) = eventually("a pod", lambda: pods(managed_server, "sidecar"))
+    kubelet.run_pod(first)
+    run.wait("Running")
+    died = {"exitCode": ExitCode.DATASET_INVALID, "reason": "Error"}
+    kubelet.pod_status(first, initContainerStatuses=[container("generator", terminated=died)])
+    kubelet.end_trainer(first, exit_code=ExitCode.GENERATOR_LOST)
+    eventually("another pod", lambda: set(pods(managed_server, "sidecar")) - {first})
+    assert run.condition("Failed") is None
+
+
+def test_a_run_that_somebody_scaled_to_no_pod_gets_one_again(managed_server: ApiServer) -> None:
+    Run(managed_server, "scaled").created()
+    managed_server.kubectl("patch", "job", "scaled", "--type=merge", "-p", json.dumps({"spec": {"parallelism": 0}}))
+    parallelism = ("get", "job", "scaled", "-o", "jsonpath={.spec.parallelism}")
+    eventually("one pod is wanted again", lambda: managed_server.kubectl(*parallelism) == "1")
+    eventually("a pod", lambda: pods(managed_server, "scaled"))
+
+
+def test_a_pod_that_somebody_deleted_is_replaced(managed_server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(managed_server, "pod-deleted")
+    (first,) = eventually("a pod", lambda: pods(managed_server, "pod-deleted"))
+    kubelet.bind(first)
+    kubelet.run_pod(first)
+    run.wait("Running")
+    managed_server.kubectl("delete", "pod", first, "--wait=false")
+    run.wait("Running", status="False", reason="Terminated")
+    kubelet.end_trainer(first, exit_code=ExitCode.TERMINATED)
+    (second,) = eventually("another pod", lambda: set(pods(managed_server, "pod-deleted")) - {first})
+    eventually("the status names it", lambda: run.object()["status"].get("podName") == second)
 
 
 def test_a_run_that_makes_no_headway_is_ended_before_its_limit(managed_server: ApiServer, kubelet: Kubelet) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from otj_operator.crd.definition import NAME as CRD_NAME
 from otj_operator.crd.definition import custom_resource_definition
-from otj_operator.crd.policy import admission_policy
+from otj_operator.crd.policy import admission_policies
 from otj_operator.kube import LEASE_SECONDS
 from otj_operator.main import LEASE_NAME
 from otj_runtime.api import GROUP, PLURAL
@@ -41,7 +41,7 @@ def install_manifests(namespaces: Sequence[str] = ()) -> list[Manifest]:
     return [
         _namespace(),
         custom_resource_definition(),
-        *admission_policy(),
+        *admission_policies(),
         _service_account(),
         *_rights(namespaces),
         *_rights_of_users(),

@@ -5,6 +5,7 @@
     resume          suspend false, only if the mark is there        active true, only if the mark is there
     limits          the Job's own fields, which Kubernetes lets change
     label, owner    put back if somebody took them away
+    parallelism     one pod: with none the run waits for ever, and says nothing of it
 
 Suspending a Job ends its pod with SIGTERM and a grace period, in which the trainer saves; a resumed Job makes a new pod, which finds
 the checkpoint. The mark is written together with the change, on the object that it is about, so no crash can part the two, and a
@@ -46,6 +47,8 @@ def _job_body(parent: Parent, job: JobView, *, suspends: bool) -> Object:
     metadata: Object = {}
     wanted, found = Limits.of(parent.spec).to_wire(), job.limits.to_wire()
     spec |= {name: value for name, value in wanted.items() if value != found[name]}
+    if job.parallelism != 1:
+        spec["parallelism"] = 1
     if suspends and parent.paused and not job.suspended:
         spec["suspend"] = True
         metadata["annotations"] = {SUSPENDED_BY_ANNOTATION: MANAGED_BY}

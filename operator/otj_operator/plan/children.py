@@ -46,6 +46,7 @@ class JobView:
     suspended_by_us: bool
     queue: str
     labelled: bool
+    parallelism: int
     limits: Limits
     pods_made: int
     pods_failed: int
@@ -73,6 +74,7 @@ class JobView:
             suspended_by_us=_marked(metadata),
             queue=(metadata.get("labels") or {}).get(names.QUEUE_LABEL, ""),
             labelled=job_labels(metadata["name"]).items() <= (metadata.get("labels") or {}).items(),
+            parallelism=raw["spec"].get("parallelism", 1),
             limits=Limits.of(raw["spec"]),
             pods_made=sum(status.get(count) or 0 for count in ("active", "succeeded", "failed")),
             pods_failed=status.get("failed") or 0,

@@ -1,16 +1,17 @@
 """What a run learns from: `spec.dataset`, the prompts, and `spec.rewards`, what judges the completions.
 
-A secret never stands here: a judge's key is named by the environment variable that brings it.
+A secret never stands here: a judge's key is named by the environment variable that brings it, and arguments that look like one are refused.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from otj_runtime.api.base import ApiModel, Rule
+from otj_runtime.api.secrets import Arguments
 
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -49,7 +50,7 @@ class DatasetSpec(ApiModel):
         max_length=32,
         description="Renames columns: key is the name used here (prompt, answer, ...), value the dataset's own. Default: none renamed.",
     )
-    args: dict[str, Any] = Field(
+    args: Arguments = Field(
         default_factory=dict,
         description="Arguments of the built-in task, such as its length or seed, or of `datasets.load_dataset` for a name or folder. Default: none.",
     )
@@ -77,14 +78,20 @@ class DatasetSpec(ApiModel):
     )
 
 
+_ADDRESS = "^https?://[^ @?#]+$"
+_VARIABLE = "^[A-Za-z_][A-Za-z0-9_]*$"
+_IMPORT_PATH = "^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*[.:][A-Za-z_][A-Za-z0-9_]*$"
+
+
 class JudgeSpec(ApiModel):
     """A model behind HTTP that compares two completions of a prompt, by the OpenAI chat protocol."""
 
-    url: Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^https?://[^\s@]+$")] = Field(
-        description="Base address of the protocol, such as https://host/v1; /chat/completions is added. Credentials do not belong here."
+    url: Annotated[str, Field(min_length=1, max_length=2048)] = Field(
+        description="Base address of the protocol, such as https://host/v1; /chat/completions is added, so it has no query. Credentials do not "
+        "belong here."
     )
     model: ShortText = Field(description="Name of the model as the server knows it.")
-    api_key_env: Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
+    api_key_env: Annotated[str, Field(max_length=253)] | None = Field(
         None, description="Environment variable that holds the key; bring it from a secret with spec.env. Default: no key is sent."
     )
     template: Annotated[str, Field(min_length=1, max_length=16384)] | None = Field(
@@ -102,7 +109,7 @@ class JudgeSpec(ApiModel):
     max_retries: int = Field(
         4, ge=0, le=20, description="Attempts after the first that failed for a reason that may pass, such as 429. Default: 4."
     )
-    request: dict[str, Any] = Field(
+    request: Arguments = Field(
         default_factory=dict,
         description="Further fields of each request; they win. max_completion_tokens replaces maxTokens. Default: none.",
     )
@@ -113,18 +120,31 @@ class JudgeSpec(ApiModel):
             message="judge.template must contain {prompt}, {a} and {b}",
             holds=lambda j: j.template is None or all(name in j.template for name in ("{prompt}", "{a}", "{b}")),
         ),
+        # Neither of these shows what was given: it may hold a key.
+        Rule(
+            cel=f"self.url.matches('{_ADDRESS}')",
+            message="url: must be http:// or https:// and an address without user and query, to which /chat/completions can be added; a "
+            "key comes from the variable that apiKeyEnv names",
+            holds=lambda j: re.match(_ADDRESS, j.url) is not None,
+            field="url",
+        ),
+        Rule(
+            cel=f"!has(self.apiKeyEnv) || self.apiKeyEnv.matches('{_VARIABLE}')",
+            message="apiKeyEnv: must be the name of a variable, in letters, digits and _; the key itself belongs into a Secret, which "
+            "env[].valueFrom.secretKeyRef brings as that variable",
+            holds=lambda j: j.api_key_env is None or re.match(_VARIABLE, j.api_key_env) is not None,
+            field="apiKeyEnv",
+        ),
     )
 
 
 class RewardSpec(ApiModel):
     """One reward: a function, a reward model, or a judge that compares completions."""
 
-    function: Annotated[str, Field(min_length=3, max_length=253, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*$")] | None = (
-        Field(
-            None,
-            description="Import path of a callable, as package.module.function. It gets prompts, completions, completion_ids and the "
-            "dataset's columns, and returns one number (or None) per completion. Give one of function, model and judge.",
-        )
+    function: Annotated[str, Field(min_length=3, max_length=253)] | None = Field(
+        None,
+        description="Import path of a callable, as package.module.function. It gets prompts, completions, completion_ids and the "
+        "dataset's columns, and returns one number (or None) per completion. Give one of function, model and judge.",
     )
     model: PathText | None = Field(
         None,
@@ -137,7 +157,7 @@ class RewardSpec(ApiModel):
         "one of function, model and judge.",
     )
     weight: float = Field(1.0, description="Factor of this reward in the sum. Default: 1.")
-    args: dict[str, Any] = Field(
+    args: Arguments = Field(
         default_factory=dict,
         description="Keyword arguments bound to the function before training; of a model: device, batch_size, max_length, dtype, "
         "revision. Default: none.",
@@ -151,5 +171,14 @@ class RewardSpec(ApiModel):
             cel="(has(self.function) ? 1 : 0) + (has(self.model) ? 1 : 0) + (has(self.judge) ? 1 : 0) == 1",
             message="give exactly one of function, model and judge in each of rewards",
             holds=lambda r: sum(x is not None for x in (r.function, r.model, r.judge)) == 1,
+        ),
+        Rule(
+            # The name is a word of CEL's own: without the underscores the API server does not find how long it may be.
+            cel=f"!has(self.__function__) || self.__function__.matches('{_IMPORT_PATH}')",
+            message="function: %s is no import path of a callable; write package.module.function",
+            holds=lambda r: r.function is None or re.match(_IMPORT_PATH, r.function) is not None,
+            values=lambda r: (r.function,),
+            cel_values=("self.__function__",),
+            field="function",
         ),
     )

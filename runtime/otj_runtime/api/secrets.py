@@ -8,9 +8,10 @@ are no secrets (`EOS_TOKEN`), and switches and paths are named like what they sw
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from otj_runtime.api.base import ApiModel, Rule
 
@@ -32,6 +33,18 @@ _SECRET_WORD = (
 """An option that takes a secret, or a reference to a variable that holds one. A `--..._key` or `--..._token` may be a column or a word of
 the vocabulary in many scripts."""
 
+_SECRET_ARGUMENT = (
+    f"(?i)((^|[-_.])(token|pwd|credentials?|(access|account|auth|private)[-_]?key)|{_WORD}|api[-_]key|(access|api|auth|hf|hub)token"
+    "|authorization)$"
+)
+"""A keyword argument that takes a secret. Other than a variable, one that ends in `key` mostly names a column."""
+
+SECRET_ARGUMENT = (
+    "looks like a secret, which shows to everybody who may read this object, its Job or its pod; put it into a Secret, bring it as a "
+    "variable by env[].valueFrom.secretKeyRef, and let the code read that: datasets reads HF_TOKEN by itself, a judge what apiKeyEnv names"
+)
+"""What is said of a text under such a name, in the arguments of a function."""
+
 
 def names_a_secret(name: str) -> bool:
     """Whether a variable of this name holds a secret, as far as names go."""
@@ -43,15 +56,50 @@ def tells_nothing(value: str) -> bool:
     return value in _HARMLESS_VALUES or value.startswith(_HARMLESS_STARTS)
 
 
-def no_secret_in(path: str, words: str, *, python: str, field: str) -> Rule:
-    """The rule that a list of words of a command line carries no secret. `words` and `python` name it on the wire and here."""
+def no_secret_in(words: str, *, python: str, reader: str) -> Rule:
+    """The rule that a list of words of a command line carries no secret. `words` and `python` name it on the wire and here; `reader` is
+    what reads variables instead."""
     return Rule(
         cel=f"!has(self.{words}) || !self.{words}.exists(word, word.matches('{_quoted(_SECRET_WORD)}'))",
-        message=f"{path}: a secret in an argument shows in the Job and in ps; bring it as a variable by "
-        f"env[].valueFrom.secretKeyRef, which {field} reads by itself",
+        message=f"{words}: a secret in an argument shows in the Job and in ps; bring it as a variable by "
+        f"env[].valueFrom.secretKeyRef, which {reader} reads by itself",
         holds=lambda m: not any(re.search(_SECRET_WORD, word) for word in getattr(m, python)),
         field=words,
     )
+
+
+def secret_argument_cel(name: str, value: str) -> str:
+    """CEL for: `value`, of whatever type, is a secret by its `name`."""
+    starts = "".join(f" && !{value}.startsWith('{start}')" for start in _HARMLESS_STARTS)
+    return (
+        f"type({value}) == string && !({value} in {list(_HARMLESS_VALUES)}){starts}"
+        f" && {name}.matches('{_SECRET_ARGUMENT}') && !{name}.matches('{_HARMLESS_NAME}')"
+    )
+
+
+def _without_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+    for path in _secrets_in(arguments):
+        raise ValueError(f"{path}: {SECRET_ARGUMENT}")
+    return arguments
+
+
+def _secrets_in(value: Any, path: str = "") -> Iterator[str]:
+    """Paths of the secrets in `value`, however deep."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _secrets_in(item, path)
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            below = f"{path}.{name}" if path else name
+            if not isinstance(child, str):
+                yield from _secrets_in(child, below)
+            elif re.search(_SECRET_ARGUMENT, name) and not re.search(_HARMLESS_NAME, name) and not tells_nothing(child):
+                yield below
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_without_secrets)]
+"""Arguments of a function, none of them a secret. Rules in the CRD cannot see into them: an admission policy does, two levels deep, and
+the operator and `otj run` refuse what lies deeper."""
 
 
 class Variable(ApiModel):

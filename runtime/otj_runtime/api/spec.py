@@ -6,6 +6,7 @@ tolerations, ...) stay dictionaries: the API server validates them when the pod 
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -77,6 +78,11 @@ class ModelSpec(ApiModel):
     )
 
 
+_ADDRESS = "^--(hos?t?|port?|uds?|config)(=|$)"
+"""Options that say where vLLM listens, in words or in a file; its parser takes any beginning that is clear."""
+_ADDRESSES = f"self.extraArgs.filter(word, word.matches('{_ADDRESS}'))"
+
+
 class GenerationSpec(ApiModel):
     """The generator: its share of the accelerators and vLLM's settings."""
 
@@ -113,7 +119,16 @@ class GenerationSpec(ApiModel):
             cel_values=("self.tensorParallelSize", "self.gpus"),
             field="tensorParallelSize",
         ),
-        no_secret_in("generation.extraArgs", "extraArgs", python="extra_args", field="vLLM (VLLM_API_KEY, HF_TOKEN)"),
+        Rule(
+            cel=f"!has(self.extraArgs) || {_ADDRESSES}.size() == 0",
+            message="extraArgs: %s cannot be given: the job decides where vLLM listens, which is on loopback, because whoever reaches its "
+            "weight routes changes the model; leave it out, and give options of a configuration file one by one",
+            holds=lambda g: not any(re.match(_ADDRESS, word) for word in g.extra_args),
+            values=lambda g: (next(word for word in g.extra_args if re.match(_ADDRESS, word)),),
+            cel_values=(f"{_ADDRESSES}[0]",),
+            field="extraArgs",
+        ),
+        no_secret_in("extraArgs", python="extra_args", reader="vLLM (VLLM_API_KEY, HF_TOKEN)"),
     )
 
     @property
@@ -165,12 +180,13 @@ class TrainerSpec(ApiModel):
 
     rules = (
         Rule(
-            cel="self.command[0] == 'python' && (self.command[1] == '-m' ? self.command.size() > 2 : !self.command[1].startsWith('-'))",
+            cel="self.command.size() < 2 || "
+            "self.command[0] == 'python' && (self.command[1] == '-m' ? self.command.size() > 2 : !self.command[1].startsWith('-'))",
             message="trainer.command must be python and a script, or python, -m and a module: the launcher itself puts `accelerate launch` "
             "with the right number of processes before it, and there is no shell",
             holds=lambda t: t.command[0] == "python" and (len(t.command) > 2 if t.command[1] == "-m" else not t.command[1].startswith("-")),
         ),
-        no_secret_in("trainer.command", "command", python="command", field="the script"),
+        no_secret_in("command", python="command", reader="the script"),
     )
 
 
@@ -223,6 +239,7 @@ class AcceleratorSpec(ApiModel):
     )
 
 
+_CONTROLLER = "^[a-z0-9.-]+/[A-Za-z0-9._-]+$"
 _DELTA = "(has(self.generation) && has(self.generation.weightTransfer) && self.generation.weightTransfer == 'delta')"
 
 
@@ -311,7 +328,7 @@ class OnlineTrainingJobSpec(ApiModel):
         description="Seconds after which a finished Job and its pod are removed; this object stays. May change while the run goes. "
         "Default: they are kept.",
     )
-    managed_by: Annotated[str, Field(min_length=3, max_length=63, pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] | None = Field(
+    managed_by: Annotated[str, Field(min_length=3, max_length=63)] | None = Field(
         None,
         description=f"Controller of this object, as domain/name. Any but {OPERATOR} is left alone by the operator. Default: {OPERATOR}.",
     )
@@ -375,6 +392,14 @@ class OnlineTrainingJobSpec(ApiModel):
             cel="!has(self.trainer) || !has(self.rewards) || self.rewards.size() == 0",
             message="rewards: are for the built-in trainer; a script in trainer.command has its own",
             holds=lambda s: s.trainer is None or not s.rewards,
+        ),
+        Rule(
+            cel=f"!has(self.managedBy) || self.managedBy.matches('{_CONTROLLER}')",
+            message=f"managedBy: %s is no name of a controller; write it as domain/name, such as {OPERATOR}, or leave it out",
+            holds=lambda s: s.managed_by is None or re.match(_CONTROLLER, s.managed_by) is not None,
+            values=lambda s: (s.managed_by,),
+            cel_values=("self.managedBy",),
+            field="managedBy",
         ),
     )
 

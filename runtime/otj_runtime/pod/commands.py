@@ -139,8 +139,10 @@ def _served(adapter: LoRASpec | None) -> list[str]:
 def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:
     """What every container gets. Homes and caches lie on volumes, because the root file system is read-only."""
     cache = f"{config.output}/.cache"
+    # Kubernetes expands $(NAME) in a value and makes $ of $$; JSON has another way to write a dollar.
+    configuration = config.model_dump_json(by_alias=True, exclude_none=True).replace("$", "\\u0024")
     return {
-        CONFIG_ENV: config.model_dump_json(by_alias=True, exclude_none=True),
+        CONFIG_ENV: configuration,
         "HOME": scratch,
         "USER": "otj",  # torch asks for a name, and the image's passwd need not know the user id
         "HF_HOME": f"{cache}/huggingface",

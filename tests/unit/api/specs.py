@@ -73,7 +73,33 @@ NO_SECRETS = {
     "WANDB_API_KEY": "",
 }
 """Variables that may have these values, however they are called."""
+SECRET_ARGUMENTS = (
+    "token",
+    "api_key",
+    "apiKey",
+    "hf_token",
+    "authToken",
+    "DB_PASSWORD",
+    "client_secret",
+    "aws_secret_access_key",
+    "Authorization",
+)
+NO_SECRET_ARGUMENTS = {
+    "key": "answer",
+    "reward_key": "score",
+    "eos_token": "end",
+    "tokens": "many",
+    "max_tokens": 9,
+    "token": True,
+    "use_auth_token": False,
+    "password": "",
+    "secret": "/secrets/token",
+    "storage_options": {"anon": True, "token": "", "endpoint": "https://host"},
+}
+"""Arguments of functions that may have these values, however they are called."""
 HARMLESS_WORDS = ("--eos_token=</s>", "--input_key", "prompt", "--max-tokens", "9", "$(OTJ_MODEL_PATH)", "--use_auth", "token=3")
+
+ARGUMENT = "looks like a secret, which shows to everybody who may read this object, its Job or its pod; put it into a Secret"
 
 INVALID = [
     Invalid("one GPU", {"gpus": 1}, f"gpus: 1 {TOO_FEW_GPUS}"),
@@ -168,16 +194,22 @@ INVALID = [
     Invalid(
         "a reward that is no import path",
         {"rewards": [{"function": "my reward"}]},
-        "spec.rewards[0].function in body should match",
-        "spec.rewards.0.function",
+        "function: my reward is no import path of a callable; write package.module.function",
     ),
     Invalid("a reward without function", {"rewards": [{"weight": 1.0}]}, EXACTLY_ONE_REWARD),
     Invalid("a reward of two kinds", {"rewards": [{"function": "a.b", "model": "org/model"}]}, EXACTLY_ONE_REWARD),
+    *(
+        Invalid(
+            f"the address {url} of a judge",
+            {"rewards": [{"judge": {"url": url, "model": "m"}}]},
+            "url: must be http:// or https:// and an address without user and query, to which /chat/completions can be added; a key comes",
+        )
+        for url in ("http://me:secret@host/v1", "https://host/v1?api_key=abc", "host/v1")
+    ),
     Invalid(
-        "credentials in the address of a judge",
-        {"rewards": [{"judge": {"url": "http://me:secret@host/v1", "model": "m"}}]},
-        "spec.rewards[0].judge.url in body should match",
-        "spec.rewards.0.judge.url",
+        "a key where its variable should be named",
+        {"rewards": [{"judge": {"url": "http://host/v1", "model": "m", "apiKeyEnv": "sk-abc"}}]},
+        "apiKeyEnv: must be the name of a variable, in letters, digits and _; the key itself belongs into a Secret",
     ),
     Invalid(
         "a judge that never sees an answer",
@@ -309,8 +341,7 @@ INVALID = [
     Invalid(
         "a controller without a domain",
         {"managedBy": "mine"},
-        "spec.managedBy in body should match '^[a-z0-9.-]+/[A-Za-z0-9._-]+$'",
-        "spec.managedBy",
+        "managedBy: mine is no name of a controller; write it as domain/name, such as onlinetraining.dev/operator, or leave it out",
     ),
     Invalid(
         "no time at all",
@@ -352,13 +383,37 @@ INVALID = [
     Invalid(
         "a key among vLLM's arguments",
         {"generation.extraArgs": ["--api-key", "abc"]},
-        "generation.extraArgs: a secret in an argument shows in the Job and in ps; bring it as a variable by env[].valueFrom.secretKeyRef",
+        "extraArgs: a secret in an argument shows in the Job and in ps; bring it as a variable by env[].valueFrom.secretKeyRef",
+    ),
+    *(
+        Invalid(
+            f"another address for vLLM by {word}",
+            {"generation.extraArgs": ["--seed", "7", word, "0.0.0.0"]},
+            f"extraArgs: {word} cannot be given: the job decides where vLLM listens, which is on loopback",
+        )
+        for word in ("--host", "--host=0.0.0.0", "--hos", "--port=80", "--uds", "--config")
+    ),
+    *(
+        Invalid(
+            f"a secret in the argument {name} of a dataset",
+            {"dataset": {"name": "org/data", "args": {"seed": 1, name: "hf_abc"}}, "rewards": [{"function": "a.b"}]},
+            f"spec.dataset.args.{name}: {ARGUMENT}",
+        )
+        for name in SECRET_ARGUMENTS
+    ),
+    *(
+        Invalid(f"a secret in {what}", {"rewards": [{"function": "a.b"}, reward]}, f".{path}: {ARGUMENT}")
+        for what, reward, path in (
+            ("the arguments of a reward", {"function": "a.b", "args": {"api_key": "sk-abc"}}, "args.api_key"),
+            ("a group of arguments", {"function": "a.b", "args": {"options": {"headers": 1, "secret": "x"}}}, "args.options.secret"),
+            ("a judge's request", {"judge": {"url": "http://h", "model": "m", "request": {"password": "x"}}}, "request.password"),
+        )
     ),
     *(
         Invalid(
             f"a secret in the argument {word}",
             {"dataset": None, "trainer.command": [*SCRIPT, word]},
-            "trainer.command: a secret in an argument shows in the Job and in ps; bring it as a variable by env[].valueFrom.secretKeyRef",
+            "command: a secret in an argument shows in the Job and in ps; bring it as a variable by env[].valueFrom.secretKeyRef",
         )
         for word in ("--hub_token=hf_abc", "--wandb-api-key", "--password", "--token=$(HF_TOKEN)", "key=$(WANDB_API_KEY)")
     ),
@@ -371,6 +426,15 @@ INVALID = [
         "spec.generation.maxLen: unknown field",
     ),
 ]
+
+REFUSED_BY_THE_OPERATOR = [
+    Invalid(
+        "a secret three levels deep",
+        {"rewards": [{"function": "a.b", "args": {"a": {"b": [{"api_key": "x"}]}}}]},
+        f"spec.rewards.0.args.a.b.api_key: {ARGUMENT}",
+    ),
+]
+"""What no rule of the API server can see."""
 
 REFUSED_BY_THE_SERVER = [
     Invalid("an unnamed variable", {"env": [{"value": "1"}]}, "spec.env[0].name: Required value"),

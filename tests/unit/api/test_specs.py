@@ -8,12 +8,22 @@ from typing import Any
 import pytest
 
 from otj_runtime.api import Device, DType, InvalidJobError, load_job, parse_job
-from tests.unit.api.specs import HARMLESS_WORDS, INVALID, NO_SECRETS, SCRIPT, VALID, Invalid, changed
+from tests.unit.api.specs import (
+    HARMLESS_WORDS,
+    INVALID,
+    NO_SECRET_ARGUMENTS,
+    NO_SECRETS,
+    REFUSED_BY_THE_OPERATOR,
+    SCRIPT,
+    VALID,
+    Invalid,
+    changed,
+)
 
 SAMPLES = sorted((Path(__file__).parents[3] / "manifests" / "samples").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("case", INVALID, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*INVALID, *REFUSED_BY_THE_OPERATOR], ids=lambda case: case.name)
 def test_an_invalid_spec_is_refused_with_the_field_and_the_fix(case: Invalid) -> None:
     with pytest.raises(InvalidJobError) as refused:
         parse_job(case.document())
@@ -40,6 +50,8 @@ def test_what_is_only_called_like_a_secret_passes() -> None:
     env = [{"name": name, "value": value} for name, value in NO_SECRETS.items()]
     assert len(parse_job(changed({"env": env})).spec.env) == len(env)
     assert parse_job(changed({"dataset": None, "trainer.command": [*SCRIPT, *HARMLESS_WORDS]})).spec.trainer is not None
+    (reward,) = parse_job(changed({"rewards": [{"function": "a.b", "args": NO_SECRET_ARGUMENTS}]})).spec.rewards
+    assert reward.args == NO_SECRET_ARGUMENTS
 
 
 def test_another_kind_is_refused_by_name() -> None:

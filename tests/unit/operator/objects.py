@@ -57,6 +57,7 @@ def job(
     marked: bool = False,
     queue: str = "",
     labelled: bool = True,
+    parallelism: int = 1,
     limits: Object | None = None,
     **counts: int,
 ) -> JobView:
@@ -74,7 +75,7 @@ def job(
     if end is not None:
         time = "2026-01-01T13:00:00Z"
         conditions = [{"type": end[0], "status": "True", "reason": end[1], "message": message, "lastTransitionTime": time}]
-    spec = {"suspend": suspend, "backoffLimit": 3} | (limits or {})
+    spec = {"suspend": suspend, "backoffLimit": 3, "parallelism": parallelism} | (limits or {})
     return JobView.of({"metadata": metadata, "spec": spec, "status": {"conditions": conditions, **counts}})
 
 

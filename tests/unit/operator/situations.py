@@ -43,6 +43,7 @@ def _jobs() -> st.SearchStrategy[JobView]:
         marked=st.booleans(),
         queue=st.sampled_from(["", "", QUEUE]),
         labelled=st.sampled_from([True, True, False]),
+        parallelism=st.sampled_from([1, 1, 0, 2]),
         limits=st.sampled_from(LIMITS),
         deleting=st.sampled_from([False, False, True]),
         owner=st.sampled_from(["parent-1", "parent-1", "parent-1", None]),
@@ -191,10 +192,9 @@ def patched(seen: Observed, step: Patch) -> Observed:
         found = replace(found, suspended_by_us=annotations[SUSPENDED_BY_ANNOTATION] == MANAGED_BY)
     if "ownerReferences" in body["metadata"]:
         found = replace(found, owner=job().owner)
-    suspended = spec.get("suspend", found.suspended)
-    return replace(
-        seen, job=replace(found, limits=Limits.of(spec), suspended=suspended, labelled=found.labelled or "labels" in body["metadata"])
-    )
+    labelled = found.labelled or "labels" in body["metadata"]
+    suspended, parallelism = spec.get("suspend", found.suspended), spec.get("parallelism", found.parallelism)
+    return replace(seen, job=replace(found, limits=Limits.of(spec), suspended=suspended, parallelism=parallelism, labelled=labelled))
 
 
 def _is_over(status: Object) -> bool:

@@ -14,7 +14,7 @@ from tests.unit.api.specs import changed
 
 Object = dict[str, Any]
 
-HOSTILE = ["$(reboot)", "; rm -rf /", "`id`", "a b'c\"d", "--host=0.0.0.0", "| tee /etc/passwd", "\n#"]
+HOSTILE = ["$(reboot)", "; rm -rf /", "`id`", "a b'c\"d", "--flag=0.0.0.0", "| tee /etc/passwd", "\n#"]
 SHELLS = {"sh", "bash", "dash", "ash", "zsh", "env", "eval", "xargs"}
 
 
@@ -31,19 +31,15 @@ def containers(spec: Object) -> Iterator[Object]:
     [
         lambda text: {"dataset": {"path": f"/data/{text}.jsonl"}, "rewards": [{"function": "my.reward"}]},
         lambda text: {"model": {"path": f"/models/{text}"}},
-        lambda text: {"rewards": [{"function": "my.reward", "arguments": {"a": text}}]},
+        lambda text: {"rewards": [{"function": "my.reward", "args": {"a": text}}]},
+        lambda text: {"dataset.args": {"a": text}},
         lambda text: {"env": [{"name": "MINE", "value": text}]},
         lambda text: {"generation.extraArgs": [text]},
     ],
-    ids=["dataset", "model", "reward", "env", "extraArgs"],
+    ids=["dataset", "model", "reward", "task", "env", "extraArgs"],
 )
 def test_no_shell_ever_reads_what_a_user_wrote(spec: Any, text: str) -> None:
-    try:
-        found = list(containers(spec(text)))
-    except Exception as error:
-        assert type(error).__name__ == "InvalidJobError"  # noqa: PT017 - refused is as good
-        return
-    for container in found:
+    for container in containers(spec(text)):
         words = [*container["command"], *container.get("args", [])]
         assert not {word.rsplit("/", 1)[-1] for word in words[:1]} & SHELLS
         # The user's words are never joined into something longer that a program takes apart again, other than JSON.
@@ -73,3 +69,12 @@ def test_every_container_passes_the_restricted_standard_on_a_read_only_root(name
     assert security["allowPrivilegeEscalation"] is False
     assert security["capabilities"] == {"drop": ["ALL"]}
     assert security["readOnlyRootFilesystem"] is True
+
+
+@pytest.mark.parametrize("text", ["Solve $$x^2$$.", "$(HOME)", "\\$(HOME)", "$"])
+def test_text_with_dollars_reaches_the_trainer_as_it_was_written(text: str) -> None:
+    """In the value of a variable Kubernetes replaces $(NAME), and $$ by $."""
+    (trainer,) = (container for container in containers({"dataset.args": {"instruction": text}}) if container["name"] == "trainer")
+    (value,) = (variable["value"] for variable in trainer["env"] if variable["name"] == "OTJ_CONFIG")
+    assert "$" not in value
+    assert json.loads(value)["dataset"]["args"] == {"instruction": text}

@@ -17,6 +17,7 @@ from otj_operator.plan.adjust import queued
 from otj_operator.plan.draft import finished
 from otj_operator.plan.planner import belongs
 from otj_runtime.api import Reason
+from otj_runtime.api.lifecycle import CHANGEABLE
 from otj_runtime.pod.names import QUEUE_LABEL, SUSPENDED_BY_ANNOTATION
 from tests.unit.operator.objects import IMAGE, at, parent
 from tests.unit.operator.situations import decide, situations, walk
@@ -162,8 +163,15 @@ def a_foreign_job_is_never_touched(done: Pass) -> None:
 def the_template_is_never_touched(done: Pass) -> None:
     for _, patch in done.job_patches:
         assert patch.body.keys() <= {"metadata", "spec"}
-        assert patch.body.get("spec", {}).keys() <= {"suspend", "backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished"}
+        assert patch.body.get("spec", {}).keys() <= {"parallelism", *CHANGEABLE}
         assert patch.body["metadata"].keys() <= {"resourceVersion", "annotations", "labels", "ownerReferences"}
+
+
+@holds
+def a_job_that_goes_on_is_for_one_pod(done: Pass) -> None:
+    last = done.last
+    if going(last) and last.job is not None and not last.job.deleting and last.refusal is None and last.parent.ours:
+        assert finished(last.parent.status) or last.job.parallelism == 1
 
 
 @holds

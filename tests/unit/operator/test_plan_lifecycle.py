@@ -39,8 +39,9 @@ def said(status: Object, kind: str) -> tuple[str, str, str]:
         ({"activeDeadlineSeconds": 60}, {}, {}, {"activeDeadlineSeconds": 60}),
         ({}, {"limits": {"ttlSecondsAfterFinished": 5}}, {}, {"ttlSecondsAfterFinished": None}),
         ({}, {"labelled": False}, {"labels": job_labels("run")}, {}),
+        ({}, {"parallelism": 0}, {}, {"parallelism": 1}),
     ],
-    ids=["pause", "resume", "retries", "deadline", "no time to live", "labels"],
+    ids=["pause", "resume", "retries", "deadline", "no time to live", "labels", "scaled to no pod"],
 )
 def test_a_job_that_is_not_as_the_spec_says_is_patched(wish: Object, found: Object, metadata: Object, spec: Object) -> None:
     step = plan(Observed(parent=parent(**wish), job=job(**found)), now=at(0), image=IMAGE)
