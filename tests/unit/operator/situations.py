@@ -125,6 +125,7 @@ def _seen(draw: st.DrawFn, status: Object) -> Observed:
     return Observed(
         parent=parent(status=status, **draw(_parents())),
         job=made,
+        bereft=draw(st.booleans()),
         absence_confirmed=made is None and draw(st.booleans()),
         pods=draw(_pods()),
         report=draw(

@@ -410,8 +410,14 @@ def events_are_asked_for_only_about_what_is_ours_and_waits(done: Pass) -> None:
 def the_api_server_is_asked_for_a_job_only_if_one_was_created(done: Pass) -> None:
     for before, step in done.steps:
         if isinstance(step, Look):
-            assert is_true(before.parent.status, "Created")
+            assert before.bereft or is_true(before.parent.status, "Created")
             assert before.job is None
+
+
+@holds
+def who_had_a_job_gets_no_second_one(done: Pass) -> None:
+    if done.seen.bereft or is_true(done.seen.parent.status, "Created"):
+        assert not any(isinstance(step, Create) for _, step in done.steps)
 
 
 @holds_of_status
