@@ -21,7 +21,7 @@ def look(device: torch.device) -> Sight:
     """What this process sees, which computes on `device`."""
     if device.type != "cuda":
         return Sight(device="")
-    own = str(torch.cuda.get_device_properties(device).uuid)
+    own = _plain(str(torch.cuda.get_device_properties(device).uuid))
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
