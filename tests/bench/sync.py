@@ -2,7 +2,10 @@
 
 For each size: a model of random weights as the trainer, a real vLLM with dummy weights as the generator, the command line of the generator
 container between them. Then the naive way (copy to the host, safetensors in shared memory, vLLM's reload), and pushes of ours: while the
-generator is idle, and while it decodes 64 sequences. On a GPU both share the card.
+generator is idle, and while it decodes 64 sequences. On a GPU both share the card, unless --generator-gpu says another.
+
+With --transport nccl or ipc the weights go through vLLM's own engines, as the probe at start finds them possible; where it does not, the size
+fails with the probe's reason. nccl takes two GPUs.
 
 With --delta only what changed is sent: float32 weights take steps of 1e-6, as Adam's are at that learning rate, and the generator computes
 in bfloat16. When the log of patches is full a push sends all; the mean of the bytes counts it.
@@ -30,7 +33,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -38,6 +41,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from otj_runtime.api import DType, OnlineTrainingJob
 from otj_runtime.pod.commands import generator_command, generator_environment
 from otj_runtime.pod.config import Layout, PodConfig, resolve
+from otj_runtime.pod.transfer import Transfer
+from otj_runtime.train.generator import Generator, make_weights
+from otj_runtime.weights.chosen import Way
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.sync import WeightSync
 from otj_runtime.weights.tensors import policy_tensors
@@ -69,6 +75,8 @@ class Bench:
     eager: bool
     staging: list[int | None]
     delta: bool = False
+    transport: Literal["mailbox", "nccl", "ipc"] = "mailbox"
+    generator_gpu: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -82,10 +90,19 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the generator starts sooner")
     parser.add_argument("--staging", nargs="+", type=float, default=[0], help="limits of the staging buffer in GiB; 0 for none")
     parser.add_argument("--delta", action="store_true", help="send what changed at a learning rate of 1e-6, instead of all")
+    parser.add_argument("--transport", choices=["mailbox", "nccl", "ipc"], default="mailbox", help="the way of the weights")
+    parser.add_argument("--generator-gpu", type=int, help="GPU that generates, as CUDA_VISIBLE_DEVICES has it; nccl: 1, else 0")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    gpu = arguments.generator_gpu if arguments.generator_gpu is not None else int(arguments.transport == "nccl")
+    if arguments.transport != "mailbox" and torch.cuda.device_count() <= gpu:
+        parser.error(f"--transport {arguments.transport}: needs GPU {gpu}, this machine shows {torch.cuda.device_count()}")
+    if arguments.transport != "mailbox" and (arguments.delta or arguments.staging != [0]):
+        parser.error(f"--transport {arguments.transport}: --delta and --staging are of the mailbox")
     limits = [None if limit == 0 else int(limit * 2**30) for limit in arguments.staging]
-    bench = Bench(device, arguments.repeats, arguments.eager, [None] if arguments.delta else limits, arguments.delta)
+    bench = Bench(
+        device, arguments.repeats, arguments.eager, [None] if arguments.delta else limits, arguments.delta, arguments.transport, gpu
+    )
     for size in arguments.sizes:
         try:
             measure(bench, size)
@@ -111,16 +128,9 @@ def measure(bench: Bench, size: str) -> None:
             control = GeneratorControl(pod.generator_url)
             weights = sum(tensor.numel() for tensor in policy_tensors(model).values()) * getattr(torch, dtype).itemsize
             for limit in (limit for limit in bench.staging if limit is None or limit < weights):
-                sync = WeightSync(
-                    model=model,
-                    directory=Path(pod.mailbox),
-                    control=control,
-                    dtype=dtype,
-                    prompts=[PROMPT],
-                    staging_bytes=limit,
-                    delta=bench.delta,
-                )
+                sync = make_way(bench, pod, model, control, dtype, limit)
                 first = sync.push(0)
+                require_transport(bench, Path(pod.mailbox).parent)
                 start = time.monotonic() - began
                 sync.proven(0)
                 row = {"size": size, "bytes": first.bytes, "staging": limit, "start_s": start, "first_s": first.total_s}
@@ -137,7 +147,28 @@ def measure(bench: Bench, size: str) -> None:
             torch.cuda.empty_cache()
 
 
-def pushes(bench: Bench, sync: WeightSync, model: Any, *, version: int) -> dict[str, Any]:
+def make_way(bench: Bench, pod: PodConfig, model: Any, control: GeneratorControl, dtype: DType, limit: int | None) -> Way:
+    """What brings weights into the generator."""
+    directory = Path(pod.mailbox)
+    if bench.transport == "mailbox":
+        return WeightSync(
+            model=model, directory=directory, control=control, dtype=dtype, prompts=[PROMPT], staging_bytes=limit, delta=bench.delta
+        )
+    wanted = Generator(
+        url=pod.generator_url, mailbox=directory, dtype=dtype, ready_timeout_s=240.0, wish=bench.transport, note=directory.parent
+    )
+    return make_weights(wanted, model=model, control=control, prompts=[PROMPT])
+
+
+def require_transport(bench: Bench, folder: Path) -> None:
+    """Figures of another way than the one asked for must not pass for it."""
+    if bench.transport != "mailbox":
+        outcome = Transfer.read(folder)
+        if outcome is None or outcome.kind != bench.transport:
+            raise RuntimeError(f"--transport {bench.transport}: the weights went another way: {outcome and outcome.describe(None)}")
+
+
+def pushes(bench: Bench, sync: Way, model: Any, *, version: int) -> dict[str, Any]:
     """Push perturbed weights again and again; what each took."""
     reports, proofs, differences = [], [], []
     parameters = list(policy_tensors(model).values())
@@ -229,7 +260,13 @@ def serving(bench: Bench, model: Path, dtype: DType, folder: Path) -> Iterator[P
                 "dataset": {"task": "copy"},
                 "gpus": 2,
                 "accelerator": {"device": bench.device},
-                "generation": {"dtype": dtype.value, "maxModelLen": 2048, "gpuMemoryUtilization": 0.35, "extraArgs": extra},
+                "generation": {
+                    "dtype": dtype.value,
+                    "maxModelLen": 2048,
+                    "gpuMemoryUtilization": 0.35,
+                    "extraArgs": extra,
+                    "weightTransfer": bench.transport,
+                },
             },
         }
     )
@@ -240,6 +277,9 @@ def serving(bench: Bench, model: Path, dtype: DType, folder: Path) -> Iterator[P
         command = [sys.executable, *generator_command(job, pod)[1:]]
         environment = os.environ | {"VLLM_CACHE_ROOT": str(Path(tempfile.gettempdir()) / "otj-bench-cache")}
         environment = generator_environment(pod) | environment | {"VLLM_PLUGINS": "otj_mailbox", "VLLM_SERVER_DEV_MODE": "1"}
+        if bench.device == "cuda":
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[bench.generator_gpu] if any(visible) else str(bench.generator_gpu)
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         end = time.monotonic() + 240
@@ -321,7 +361,8 @@ def report_delta(bench: Bench, path: Path | None) -> None:
 def report(bench: Bench, path: Path | None) -> None:
     """The table, the bars and the file."""
     machine = machine_name(bench)
-    print(f"\nweight sync on {machine}, torch {torch.__version__}, p50 of {bench.repeats}; ms")
+    where = f", the generator on GPU {bench.generator_gpu}" if bench.device == "cuda" else ""
+    print(f"\nweight sync by {bench.transport} on {machine}{where}, torch {torch.__version__}, p50 of {bench.repeats}; ms")
     print("| size | GB | staging | naive | first | idle: total | paused | decoding: total (max) | paused (max) | proof after | x naive |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in bench.rows:
@@ -336,13 +377,26 @@ def report(bench: Bench, path: Path | None) -> None:
     fixed, per_gb = fit([(row["bytes"] / 1e9, row["idle"]["total_s"]) for row in bench.rows if row["staging"] is None])
     print(f"idle: {1e3 * fixed:.1f} ms + {1e3 * per_gb:.1f} ms for each GB")
     if path is not None:
-        figures = {"machine": machine, "rows": bench.rows, "fixed_s": fixed, "s_per_gb": per_gb, "passed": bars(bench, fixed)}
+        figures = {
+            "machine": machine,
+            "transport": bench.transport,
+            "generator_gpu": bench.generator_gpu,
+            "rows": bench.rows,
+            "fixed_s": fixed,
+            "s_per_gb": per_gb,
+            "passed": bars(bench, fixed),
+        }
         path.write_text(json.dumps(figures, indent=1))
 
 
 def bars(bench: Bench, fixed: float) -> dict[str, bool]:
     """By bar, whether it was met; only those that were measured, on the hardware that they are meant for."""
     passed = {}
+    if bench.transport != "mailbox":
+        for row in bench.rows:
+            if bench.transport == "nccl" and row["size"] == "1.54B":
+                passed["1.54B nccl total <= 0.05 s"] = row["idle"]["total_s"] <= 0.05
+        return passed
     for row in bench.rows if bench.device == "cuda" else []:
         busy = row["busy"]
         if row["size"] == "1.54B" and row["staging"] is None:

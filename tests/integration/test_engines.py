@@ -76,6 +76,13 @@ def test_a_push_reaches_every_engine_and_each_is_proven(server: Generator, polic
     assert before[0] != first
 
 
+def test_engines_that_were_held_go_on_with_what_is_installed(server: Generator, policy: Any, connection: Connection) -> None:
+    assert [sight.device for sight in server.control.sights()] == ["", ""]
+    server.control.hold()
+    _perturb(policy)
+    _push_proven(connection, server, 10)
+
+
 def test_prompts_are_shared_out_evenly_and_each_with_all_its_completions(server: Generator, connection: Connection) -> None:
     _push_proven(connection, server, 2)
     before = _tokens(server)

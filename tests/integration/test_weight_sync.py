@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import socket
@@ -20,8 +21,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorNotReady
+from otj_runtime.pod.transfer import Transfer
 from otj_runtime.rollout.types import Completion
 from otj_runtime.rollout.vllm_engine import parse_choice
+from otj_runtime.train.generator import make_weights, pod_generator
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases
@@ -332,3 +335,42 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def test_a_hand_over_that_fails_leaves_a_generator_that_serves_and_takes_the_mailbox(tied_server: Generator) -> None:
+    model = _load(tied_server.model)
+    sync = _sync(tied_server, model)
+    sync.push(70)
+    info = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2}  # no CPU speaks NCCL
+    with pytest.raises(WeightSyncFailed, match="init: the generator answered POST /init_weight_transfer_engine with 500"):
+        tied_server.control.relay("init_weight_transfer_engine", {"init_info": {"backend": "nccl", "init_info": info}})
+    before = _scores(tied_server)
+    _perturb(model, "proj")
+    sync = _sync(tied_server, model)
+    sync.push(71)
+    assert _proven(sync, 71) <= EXACT_BOUND
+    assert _largest_difference(before, _scores(tied_server)) > 5 * EXACT_BOUND
+
+
+def test_a_generator_that_was_held_goes_on_with_what_is_installed(tied_server: Generator) -> None:
+    model = _load(tied_server.model)
+    sync = _sync(tied_server, model)
+    sync.push(80)
+    _proven(sync, 80)
+    before = _scores(tied_server)
+    tied_server.control.hold()
+    _perturb(model, "proj")
+    sync.push(81)
+    assert _proven(sync, 81) <= EXACT_BOUND  # it answers again
+    assert _largest_difference(before, _scores(tied_server)) > 5 * EXACT_BOUND
+
+
+def test_where_the_generator_computes_is_seen_by_the_probe_and_named_in_the_reason(tied_server: Generator, tmp_path: Path) -> None:
+    model = _load(tied_server.model)
+    wanted = dataclasses.replace(pod_generator(tied_server.config), wish="nccl", note=tmp_path)
+    weights = make_weights(wanted, model=model, control=tied_server.control, prompts=[])
+    assert weights.push(90).attempts == 1
+    assert weights.proven(90).agreement.max_abs <= EXACT_BOUND
+    assert Transfer.read(tmp_path) == Transfer(
+        "mailbox", "nccl was asked for, but nccl is not possible: it goes from GPU to GPU, and one side computes on a CPU"
+    )

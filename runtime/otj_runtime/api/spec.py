@@ -95,10 +95,11 @@ class GenerationSpec(ApiModel):
     )
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus completion, in tokens. Default: the model's own limit.")
     dtype: DType | None = Field(None, description="Type of the generator's weights. Default: bfloat16 on cuda, float32 on cpu.")
-    weight_transfer: Literal["auto", "mailbox", "delta"] = Field(
+    weight_transfer: Literal["auto", "mailbox", "delta", "nccl", "ipc"] = Field(
         "auto",
         description="How weights reach the generator after a step: mailbox sends all through shared memory, delta only what changed, for a "
-        "copy of the weights in the training accelerators' memory. progress.weightTransfer says what was chosen and why. Default: auto.",
+        "copy of the weights in the training accelerators' memory; nccl (between GPUs that may reach each other) and ipc (both sides on one "
+        "GPU) are vLLM's own, tried at start, else mailbox. progress.weightTransfer says what was chosen and why. Default: auto.",
     )
     enable_prefix_caching: bool = Field(True, description="Keep the keys and values of shared prompts between requests. Default: true.")
     extra_args: list[Annotated[str, Field(max_length=4096)]] = Field(
@@ -240,7 +241,10 @@ class AcceleratorSpec(ApiModel):
 
 
 _CONTROLLER = "^[a-z0-9.-]+/[A-Za-z0-9._-]+$"
-_DELTA = "(has(self.generation) && has(self.generation.weightTransfer) && self.generation.weightTransfer == 'delta')"
+_TRANSFER = "(has(self.generation) && has(self.generation.weightTransfer) && self.generation.weightTransfer "
+_DELTA = _TRANSFER + "== 'delta')"
+_SPECIAL = _TRANSFER + "in ['delta', 'nccl', 'ipc'])"
+_DIRECT = _TRANSFER + "in ['nccl', 'ipc'])"
 
 
 class OnlineTrainingJobSpec(ApiModel):
@@ -378,9 +382,22 @@ class OnlineTrainingJobSpec(ApiModel):
             holds=lambda s: s.lora is None or s.lora.sync == "merged" or s.rollout.staleness == 0,
         ),
         Rule(
-            cel=f"!{_DELTA} || (!has(self.trainer) && (!has(self.lora) || !has(self.lora.sync) || self.lora.sync == 'merged'))",
-            message="generation.weightTransfer: delta is for the built-in trainer, and for all weights; say auto",
-            holds=lambda s: s.generation.weight_transfer != "delta" or (s.trainer is None and (s.lora is None or s.lora.sync == "merged")),
+            cel=f"!{_SPECIAL} || (!has(self.trainer) && (!has(self.lora) || !has(self.lora.sync) || self.lora.sync == 'merged'))",
+            message="generation.weightTransfer: %s is for the built-in trainer, and for all weights; say auto",
+            holds=lambda s: (
+                s.generation.weight_transfer in ("auto", "mailbox") or (s.trainer is None and (s.lora is None or s.lora.sync == "merged"))
+            ),
+            values=lambda s: (s.generation.weight_transfer,),
+            cel_values=("self.generation.weightTransfer",),
+            field="generation.weightTransfer",
+        ),
+        Rule(
+            cel=f"!{_DIRECT} || !has(self.accelerator) || !has(self.accelerator.device) || self.accelerator.device != 'cpu'",
+            message="generation.weightTransfer: %s goes from GPU to GPU, and accelerator.device is cpu; say auto",
+            holds=lambda s: s.generation.weight_transfer not in ("nccl", "ipc") or s.accelerator.device is not Device.CPU,
+            values=lambda s: (s.generation.weight_transfer,),
+            cel_values=("self.generation.weightTransfer",),
+            field="generation.weightTransfer",
         ),
         Rule(
             cel=f"!{_DELTA} || (has(self.generation.dtype) ? self.generation.dtype != 'float32' : "

@@ -35,6 +35,7 @@ RESERVED = {
     "vllm_gpu_memory_utilization": "spec.generation.gpuMemoryUtilization",
     "vllm_dtype": "spec.generation.dtype",
     "vllm_max_model_len": "spec.generation.maxModelLen",
+    "vllm_weight_transfer": "spec.generation.weightTransfer",
     "vllm_enable_prefix_caching": "spec.generation.enablePrefixCaching",
     "staleness": "spec.rollout.staleness",
     "straggler_factor": "spec.rollout.stragglerFactor",

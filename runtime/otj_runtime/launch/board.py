@@ -33,7 +33,8 @@ class Board:
     """
 
     def __init__(self, transfer: Transfer | None = None) -> None:
-        self._transfer = transfer
+        self.transfer = transfer
+        """How weights reach the generator: at first as announced, then as it turned out."""
         self.generator_ready = False
         self.ended = False
         self.startup: dict[str, float] = {}
@@ -121,10 +122,10 @@ class Board:
 
     def _weight_transfer(self) -> str | None:
         """The way of the weights, with the speed of the last sync."""
-        if self._transfer is None:
+        if self.transfer is None:
             return None
         sent, seconds = self.number("sync/bytes"), self.number("sync/total_s")
-        return self._transfer.describe(sent / 1e9 / seconds if sent is not None and seconds else None)
+        return self.transfer.describe(sent / 1e9 / seconds if sent is not None and seconds else None)
 
     def report(self) -> LauncherReport:
         """The progress document."""

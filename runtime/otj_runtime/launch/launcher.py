@@ -31,7 +31,7 @@ from otj_runtime.pod.errors import ExitCode, FailureNote, RunError, Stalled, Ter
 from otj_runtime.pod.precision import mixed_precision
 from otj_runtime.pod.processes import become_subreaper
 from otj_runtime.pod.startup import StartUp
-from otj_runtime.pod.transfer import choose
+from otj_runtime.pod.transfer import Transfer, choose
 
 TRAIN_MODULE = "otj_runtime.train"
 SCRIPT_MODULE = "otj_runtime.compat"
@@ -144,6 +144,7 @@ class Launcher:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             self._note_startup()
+            self._board.transfer = Transfer.read(self._directory) or self._board.transfer
             found = self._board.world_size
             if found is not None and found != self._config.training_ranks:
                 raise WorldSizeMismatch(

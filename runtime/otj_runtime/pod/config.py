@@ -57,7 +57,9 @@ class PodConfig(ApiModel):
     generator_gpus: int
     generator_engines: int = Field(1, description="Copies of the model in the generator, each on tensorParallelSize accelerators.")
     generator_dtype: DType
-    weight_transfer: Literal["auto", "mailbox", "delta"] = Field("auto", description="What is asked for; `transfer` chooses.")
+    weight_transfer: Literal["auto", "mailbox", "delta", "nccl", "ipc"] = Field(
+        "auto", description="What is asked for; `transfer` chooses."
+    )
     generator_url: str
     generator_max_model_len: int | None = None
     generator_ready_timeout_seconds: int

@@ -80,12 +80,14 @@ class ServerPlan:
         dtype: what it computes in.
         placement: where it runs.
         sequences: completions under way at most; None leaves it to vLLM.
+        transfer: how weights shall reach it.
     """
 
     generation: GenerationSpec
     dtype: DType
     placement: Placement
     sequences: int | None = None
+    transfer: str = "auto"
 
     @property
     def device(self) -> Device:
@@ -123,7 +125,13 @@ def plan_server(args: OnlineConfig) -> ServerPlan:
         enable_prefix_caching=args.vllm_enable_prefix_caching,
     )
     sequences = min(MAX_SEQUENCES, args.world_size * args.completions_per_rank * (1 + args.staleness))
-    return ServerPlan(generation=generation, dtype=_dtype(args, placement), placement=placement, sequences=sequences)
+    return ServerPlan(
+        generation=generation,
+        dtype=_dtype(args, placement),
+        placement=placement,
+        sequences=sequences,
+        transfer=args.vllm_weight_transfer,
+    )
 
 
 def _dtype(args: OnlineConfig, placement: Placement) -> DType:
@@ -156,6 +164,7 @@ class ChildGenerator:
             mailbox=self._folder / "mailbox",
             dtype=plan.dtype,
             ready_timeout_s=float(plan.generation.ready_timeout_seconds),
+            wish=plan.transfer,
         )
         server = server_command(
             plan.generation,
@@ -237,7 +246,12 @@ def _environment(plan: ServerPlan) -> dict[str, str]:
     """This process's environment without what its launcher said to it; a user's own settings of vLLM win over ours."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_LAUNCHER)}
     placed = {"CUDA_VISIBLE_DEVICES": visible_devices(plan.placement, inherited=os.environ.get("CUDA_VISIBLE_DEVICES"))}
-    return server_environment(plan.device) | inherited | placed | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
+    return (
+        server_environment(plan.device, ipc=plan.transfer == "ipc")
+        | inherited
+        | placed
+        | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
+    )
 
 
 def _free_port() -> int:

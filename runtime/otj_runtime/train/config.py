@@ -28,6 +28,9 @@ CISPO_LARGEST_RATIO = 5.0
 NEUTRAL = {"top_p": (1.0, None), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
 """Values of sampling arguments that leave the policy's distribution as it is."""
 
+WEIGHT_TRANSFERS = ("auto", "mailbox", "nccl", "ipc")
+"""Values of `vllm_weight_transfer`."""
+
 _OWN_SERVER = "rank 0 starts vLLM by itself, on vllm_device, and in a pod the generator's container is there already; leave it out"
 _BENDS = (
     "would change what the generator samples from, and the trainer's probabilities would not be those of the sampled tokens; leave it out, "
@@ -113,6 +116,10 @@ class OnlineConfig(TrainingArguments):
     vllm_gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of the device's memory that vLLM takes."})
     vllm_dtype: str = field(default="auto", metadata={"help": "Type of vLLM's weights."})
     vllm_max_model_len: int | None = field(default=None, metadata={"help": "Longest prompt plus completion that vLLM accepts, in tokens."})
+    vllm_weight_transfer: str = field(
+        default="auto",
+        metadata={"help": "How weights reach vLLM: auto or mailbox (shared memory), nccl (another GPU), ipc (the same GPU)."},
+    )
     vllm_enable_prefix_caching: bool = field(default=True, metadata={"help": "Let vLLM keep the keys and values of shared prompts."})
     ds3_gather_for_generation: bool = field(
         default=True,
@@ -146,6 +153,8 @@ class OnlineConfig(TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
+        if self.vllm_weight_transfer not in WEIGHT_TRANSFERS:
+            raise ValueError(f"vllm_weight_transfer: {self.vllm_weight_transfer!r} is unknown; use {', '.join(WEIGHT_TRANSFERS)}")
         if self.staleness < 0:
             raise ValueError(f"staleness: {self.staleness} is negative; 0 waits for each generation")
         if self.straggler_factor is not None and self.straggler_factor < 1:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from otj_runtime.api import DType
 from otj_runtime.pod.config import PodConfig
-from otj_runtime.pod.transfer import choose
+from otj_runtime.pod.transfer import Transfer, choose
 from otj_runtime.rollout.vllm_engine import VLLMEngine
 from otj_runtime.train.sampling import Exclusive
 from otj_runtime.weights.adapter import AdapterSync
+from otj_runtime.weights.chosen import ChosenSync, Way
 from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.direct import DirectSync
+from otj_runtime.weights.probe import prompt_sequences
 from otj_runtime.weights.sync import WeightSync
 
 
@@ -34,6 +36,8 @@ class Generator:
         engines: copies of the model behind it.
         adapter_only: whether it loaded the model itself and gets a LoRA adapter only.
         delta: whether it gets what changed instead of all weights, where that is less.
+        wish: auto, nccl or ipc let the first push find out which way is possible; anything else takes the mailbox.
+        note: folder in which the outcome is left for the launcher; None where there is none.
     """
 
     url: str
@@ -43,6 +47,8 @@ class Generator:
     engines: int = 1
     adapter_only: bool = False
     delta: bool = False
+    wish: str = "auto"
+    note: Path | None = None
 
 
 def pod_generator(config: PodConfig) -> Generator:
@@ -57,6 +63,8 @@ def pod_generator(config: PodConfig) -> Generator:
         engines=config.generator_engines,
         adapter_only=transfer.kind == "adapter",
         delta=transfer.kind == "delta",
+        wish=config.weight_transfer,
+        note=Path(config.run_directory),
     )
 
 
@@ -84,15 +92,34 @@ def connect(
         prompts: token ids of the run's prompts, the same on every rank; the first few are what the weight sync proves itself with.
         failure: says why the generator will never answer, where somebody knows.
     """
-    kind = AdapterSync if generator.adapter_only else partial(WeightSync, delta=generator.delta)
-    weights = kind(
-        model=model,
-        directory=generator.mailbox,
-        control=GeneratorControl(generator.url, engines=generator.engines, failure=failure),
-        dtype=generator.dtype,
-        ready_timeout_s=generator.ready_timeout_s,
-        prompts=prompts,
-    )
+    control = GeneratorControl(generator.url, engines=generator.engines, failure=failure)
+    weights = make_weights(generator, model=model, control=control, prompts=prompts)
     exclusive = Exclusive(weights, weights.reinstall)
     engine = VLLMEngine(generator.url, end_tokens=end_tokens, recover=exclusive.recover, engines=generator.engines)
     return Connection(engine=engine, weights=exclusive)
+
+
+def make_weights(generator: Generator, *, model: Any, control: GeneratorControl, prompts: Iterable[list[int]]) -> Way:
+    """The way of the weights to `generator`; the arguments are those of `connect`."""
+    known: dict[str, Any] = {"model": model, "control": control, "dtype": generator.dtype, "ready_timeout_s": generator.ready_timeout_s}
+    first = prompt_sequences(prompts)  # once: both ways may be made, and prompts can be gone through once
+    if generator.adapter_only:
+        return AdapterSync(directory=generator.mailbox, prompts=first, **known)
+    mailbox = WeightSync(directory=generator.mailbox, delta=generator.delta, prompts=first, **known)
+    if generator.wish not in ("auto", "nccl", "ipc"):
+        return mailbox
+
+    def tell(transfer: Transfer) -> None:
+        print(f"weights: {transfer.describe(None)}", flush=True)
+        if generator.note is not None:
+            transfer.write(generator.note)
+
+    return ChosenSync(
+        generator.wish,
+        mailbox=mailbox,
+        direct=lambda kind: DirectSync(kind, prompts=first, **known),
+        model=model,
+        control=control,
+        ready_timeout_s=generator.ready_timeout_s,
+        tell=tell,
+    )

@@ -18,12 +18,14 @@ from urllib.parse import urlsplit
 
 from otj_runtime.pod.errors import GeneratorLost, GeneratorNotReady
 from otj_runtime.pod.names import ENGINE_HEADER, SERVED_MODEL
+from otj_runtime.pod.transfer import Sight
 from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.layout import Ticket
 
 DEADLINES = {
     "init": 60.0,
     "drain": 1800.0,
+    "pause": 60.0,
     "start": 60.0,
     "update": 600.0,
     "install": 600.0,
@@ -37,6 +39,11 @@ DEADLINES = {
 step under way, and, where weights have to be packed or quantised again, for that."""
 
 POLL_SECONDS = 0.25
+
+SIGHTS = "/otj/devices"
+
+RELAYED = {"init_weight_transfer_engine": "init", "start_weight_update": "start", "update_weights": "update"}
+"""Routes that vLLM's own client calls, and the phases that they are."""
 
 RETURN_SECONDS = 600.0
 """How long a lost generator may take to answer again: kubelet's back-off plus the start of a large model."""
@@ -56,6 +63,7 @@ class GeneratorControl:
         if parts.scheme != "http" or parts.hostname is None or parts.port is None:
             raise ValueError(f"the generator's URL must look like http://host:port, not {url!r}")
         self._host, self._port = parts.hostname, parts.port
+        self.url = url
         self._engines = engines
         self._failure = failure
 
@@ -118,6 +126,20 @@ class GeneratorControl:
     def workers(self) -> int:
         """How many workers install weights."""
         return int(self._call("read", "GET", "/get_world_size")["world_size"])
+
+    def sights(self) -> tuple[Sight, ...]:
+        """What each worker of every engine can see."""
+        return tuple(
+            Sight(**{key: _hashable(value) for key, value in sight.items()}) for sight in self._call("read", "GET", SIGHTS)["answer"]
+        )
+
+    def relay(self, route: str, body: dict[str, Any] | None) -> None:
+        """A call of vLLM's own client, of one of the phases in `RELAYED`."""
+        self._call(RELAYED[route], "POST", f"/{route}", body)
+
+    def hold(self) -> None:
+        """Stop decoding between two steps; requests under way stay, and go on after `install`."""
+        self._call("pause", "POST", "/pause?mode=keep&clear_cache=false")
 
     def drain(self) -> None:
         """Wait until no request is under way; new ones go on after `resume`."""
@@ -213,6 +235,10 @@ class GeneratorControl:
         except ValueError:  # the adapter routes answer in words
             answer = text
         return answer if isinstance(answer, dict) else {"answer": answer}
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _brief(text: str) -> str:

@@ -94,6 +94,13 @@ class MailboxWriter:
             ) from error
         return cls(path, layout)
 
+    @staticmethod
+    def fits(path: Path, layout: Layout) -> bool:
+        """Whether `create` would find room now."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = os.statvfs(path.parent)
+        return found.f_bavail * found.f_frsize >= layout.file_bytes
+
     def begin(self, version: int) -> Ticket:
         """Empty the slot that does not hold the latest version, for `version`. Rank 0 only.
 

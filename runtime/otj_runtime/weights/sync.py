@@ -175,6 +175,12 @@ class WeightSync:
         """The version that was pushed last; None before the first."""
         return None if self._pushed is None else self._pushed.version
 
+    def has_room(self) -> bool:
+        """Whether the shared memory has room for the mailbox. Collective."""
+        ranks = self._connect()
+        layout = self._layout(ranks)
+        return ranks.lead(lambda: MailboxWriter.fits(self._path, layout), phase="begin")
+
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`. Collective.
 

@@ -10,6 +10,8 @@ Requests in flight keep the keys and values that older weights computed for thei
 than the installation. What they sample is labelled with the new version from here on, and their log-probabilities are those that were
 sampled from. Prefixes in the cache are forgotten, so that no request which starts now reads older ones.
 
+    GET /otj/devices               ->  what each worker can see of the GPUs, by which the trainer judges the ways to it
+
 Two of vLLM's own doors are used: the entry points `vllm.general_plugins`, which adds a method to the engine, and
 `vllm.endpoint_plugins`, which adds the route and is open only to plugins that VLLM_PLUGINS names.
 """
@@ -19,12 +21,16 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 from vllm.v1.engine.core import EngineCore
 
+from otj_runtime.weights.vllm_devices import look
+
 METHOD = "otj_install_weights"
+LOOK = "otj_look"
 
 
 class InstallEndpoint:
@@ -41,17 +47,33 @@ class InstallEndpoint:
             seconds = await request.app.state.engine_client.engine_core.call_utility_async(METHOD, version)
             return {"paused_s": float(seconds)}
 
+        @app.get("/otj/devices")
+        async def devices(request: Request) -> list[dict[str, Any]]:
+            engines = await request.app.state.engine_client.engine_core.call_utility_all_async(LOOK)
+            return [sight for workers in engines for sight in workers]
+
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Nothing to keep."""
 
 
 def offer_installation() -> None:
-    """Give vLLM's engine the method behind the route."""
+    """Give vLLM's engine the methods behind the routes."""
     setattr(EngineCore, METHOD, install_weights)
+    setattr(EngineCore, LOOK, look_around)
+
+
+def look_around(engine: Any) -> list[dict[str, Any]]:
+    """What each worker of this engine can see."""
+    return list(engine.model_executor.collective_rpc(_sight))
+
+
+def _sight(worker: Any) -> dict[str, Any]:
+    return asdict(look(worker.device))
 
 
 def install_weights(engine: Any, version: str) -> Any:
-    """Install what the workers have staged, label it, forget cached prefixes. Seconds for which no step could start.
+    """Finish the update in the workers (which installs what they have staged), label it, forget cached prefixes, let requests go on, also
+    where they were held before. Seconds for which no step could start.
 
     Returns a future, as the engine's own `pause_scheduler`: it is done when the steps under way are.
     """
@@ -70,7 +92,8 @@ def install_weights(engine: Any, version: str) -> Any:
         engine.resume_scheduler()
         result.set_result(time.perf_counter() - began)
 
-    pausing = engine.pause_scheduler(mode="keep", clear_cache=False)
+    # A second pause of several engines would wait for steps that none of them makes.
+    pausing = None if engine.is_scheduler_paused() else engine.pause_scheduler(mode="keep", clear_cache=False)
     if pausing is None:
         act()
     else:

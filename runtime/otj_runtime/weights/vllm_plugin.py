@@ -11,6 +11,9 @@ vLLM finds `register` through the entry point group `vllm.general_plugins` and c
     finish_weight_update                              waits until all is staged and checked, then installs it: the only phase that
                                                       changes the model, to be called between two engine steps
 
+Another backend of vLLM takes over where `init_transfer_engine` gets {"backend", "init_info"}: `nccl` or `ipc`, made by vLLM's own factory. A
+server has one backend for its life, and whether these are possible shows only when both sides have met, so the choice cannot be the server's.
+
 How it installs is decided at the first update. Where the model's loader only copies, its copies are recorded and replayed (`plan`). Else
 (a CPU's packed layouts, quantised weights, mixtures of experts) the tensors go through vLLM's own layerwise reload, which packs and
 quantises again; that is slower, and the pause is as long as it takes.
@@ -25,6 +28,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -83,6 +87,14 @@ class MailboxInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 
 @dataclass
+class HandOver(WeightTransferInitInfo):  # type: ignore[misc]
+    """Another backend of vLLM, by its name, and what it is to be told."""
+
+    backend: str
+    init_info: dict[str, Any]
+
+
+@dataclass
 class MailboxUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Which version to stage; with `sequence` and `slot`, one that is still being written."""
 
@@ -98,15 +110,26 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
     init_info_cls = MailboxInitInfo
     update_info_cls = MailboxUpdateInfo
     supports_draft_weight_update = False
+    _other: WeightTransferEngine | None = None
     _staging: Staging | None = None
     _plan: Plan | None = None
     _check: InstalledCheck | None = None
     _computes = False
     _replay: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
-    def init_transfer_engine(self, init_info: MailboxInitInfo) -> None:
+    def parse_init_info(self, init_dict: dict[str, Any]) -> MailboxInitInfo | HandOver:
+        """As vLLM's own, or a hand-over to another backend."""
+        return HandOver(**init_dict) if "backend" in init_dict else super().parse_init_info(init_dict)
+
+    def init_transfer_engine(self, init_info: MailboxInitInfo | HandOver) -> None:
         """Open the mailbox. Repeated by every trainer that starts, because it makes a new file; the plan stays while the tensors do."""
         self.shutdown()
+        if isinstance(init_info, HandOver):
+            config = WeightTransferConfig(backend=init_info.backend)
+            other = WeightTransferEngineFactory.create_engine(config, self.vllm_config, self.device, self.model)
+            other.init_transfer_engine(other.parse_init_info(init_info.init_info))
+            self._other, self._plan, self._check = other, None, None
+            return
         reader = MailboxReader(Path(init_info.path))
         if reader.layout.on_gpu and self.device.type == "cpu":
             raise MailboxError("the trainer is on a GPU and this generator on a CPU: run both on the same kind of device")
@@ -125,9 +148,14 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def start_weight_update(self) -> None:
         """Nothing: see the module's text."""
+        if self._other is not None:
+            self._other.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As vLLM's own, but without waiting for the device: what goes on there is staging."""
+        if self._other is not None:
+            self._other.update_weights(update_info)
+            return
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: MailboxUpdateInfo) -> None:
@@ -152,6 +180,9 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         Raises:
             MailboxError: if it does not (the model is untouched, unless staging is limited), or does not hold all parameters.
         """
+        if self._other is not None:
+            self._other.finish_weight_update()
+            return
         staging = self._opened()
         staging.require_published()
         if not (isinstance(staging, DeviceStaging) and staging.partial):
@@ -180,7 +211,10 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         return self._check.differing(staging.reader.tensors(ticket.slot) if staging.partial else staging.tensors)
 
     def shutdown(self) -> None:
-        """Stop staging and let go of the mailbox and the buffer."""
+        """Stop staging and let go of the mailbox and the buffer, or of the other backend."""
+        if self._other is not None:
+            self._other.shutdown()
+        self._other = None
         if self._staging is not None:
             self._staging.stop()
             self._staging.reader.close()

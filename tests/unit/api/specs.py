@@ -149,6 +149,19 @@ INVALID = [
         {"lora.sync": "adapter", "rollout.staleness": 1},
         "lora.sync: an adapter is loaded between requests, so with rollout.staleness the weights must go merged",
     ),
+    *(
+        Invalid(
+            f"{kind} {what}",
+            changes | {"generation.weightTransfer": kind},
+            f"generation.weightTransfer: {kind} {words}",
+        )
+        for kind in ("nccl", "ipc")
+        for what, changes, words in (
+            ("for a script", {"dataset": None, "trainer.command": SCRIPT}, "is for the built-in trainer, and for all weights; say auto"),
+            ("for an adapter", {"lora.sync": "adapter"}, "is for the built-in trainer, and for all weights; say auto"),
+            ("on CPUs", {"accelerator.device": "cpu"}, "goes from GPU to GPU, and accelerator.device is cpu; say auto"),
+        )
+    ),
     Invalid(
         "deltas of a script's weights",
         {"dataset": None, "trainer.command": SCRIPT, "generation.weightTransfer": "delta"},
@@ -168,9 +181,9 @@ INVALID = [
         for where, changes in {"on CPUs": {"accelerator.device": "cpu"}, "by name": {"generation.dtype": "float32"}}.items()
     ),
     Invalid(
-        "a transfer that a pod has not",
-        {"generation.weightTransfer": "ipc"},
-        'spec.generation.weightTransfer: Unsupported value: "ipc"',
+        "a transfer that is not offered",
+        {"generation.weightTransfer": "sparse_nccl"},
+        'spec.generation.weightTransfer: Unsupported value: "sparse_nccl"',
         "spec.generation.weightTransfer",
     ),
     Invalid("an adapter of rank 0", {"lora.rank": 0}, "spec.lora.rank in body should be greater than or equal to 1", "spec.lora.rank"),

@@ -89,3 +89,5 @@ def test_the_way_of_the_weights_is_shown_with_its_reason_and_the_speed_of_the_la
     assert board.report().progress.weight_transfer == "delta: asked for"
     board.absorb(status(**{"sync/bytes": 3e9, "sync/total_s": 0.1}), now=1.0)
     assert board.report().progress.weight_transfer == "delta, 30 GB/s: asked for"
+    board.transfer = Transfer("mailbox", "nccl was asked for, but nccl is not possible: one GPU")
+    assert board.report().progress.weight_transfer == "mailbox, 30 GB/s: nccl was asked for, but nccl is not possible: one GPU"

@@ -76,3 +76,9 @@ def test_what_was_compiled_or_fetched_once_stays_on_the_output_volume(name: str)
 def test_an_engine_is_sized_by_the_completions_it_has_under_way(spec: dict[str, Any], sequences: int) -> None:
     training = {"per_device_train_batch_size": 16, "num_generations": 8}
     assert options(spec | {"training": training})["--max-num-seqs"] == str(sequences)
+
+
+@pytest.mark.parametrize(("wish", "open_"), [("auto", False), ("mailbox", False), ("nccl", False), ("ipc", True)])
+def test_the_generator_takes_pickled_handles_only_where_ipc_is_asked_for(wish: str, open_: bool) -> None:
+    config = resolve(job_of({"gpus": 2, "generation": {"weightTransfer": wish}}))
+    assert ("VLLM_ALLOW_INSECURE_SERIALIZATION" in generator_environment(config)) is open_

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -147,5 +148,7 @@ def test_the_servers_environment_is_the_users_without_the_launchers(monkeypatch:
     for name, value in {"RANK": "3", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1", "HF_TOKEN": "t", "VLLM_CPU_KVCACHE_SPACE": "7"}.items():
         monkeypatch.setenv(name, value)
     environment = child._environment(PLAN)
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
+    assert child._environment(dataclasses.replace(PLAN, transfer="ipc"))["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
     assert not {"RANK", "MASTER_PORT", "OMP_NUM_THREADS"} & environment.keys()
     assert (environment["HF_TOKEN"], environment["VLLM_CPU_KVCACHE_SPACE"], environment["VLLM_SERVER_DEV_MODE"]) == ("t", "7", "1")

@@ -13,16 +13,18 @@ from tests.unit.api.specs import changed
 
 
 @pytest.mark.parametrize(
-    ("changes", "delta", "adapter_only", "printed"),
+    ("changes", "delta", "adapter_only", "wish", "printed"),
     [
-        ({"generation.weightTransfer": "mailbox"}, False, False, "weights: mailbox: asked for\n"),
-        ({"generation.weightTransfer": "delta"}, True, False, "weights: delta: asked for"),
-        ({"lora.sync": "adapter"}, False, True, "weights: adapter: lora.sync is adapter\n"),
+        ({"generation.weightTransfer": "mailbox"}, False, False, "mailbox", "weights: mailbox: asked for\n"),
+        ({"generation.weightTransfer": "delta"}, True, False, "delta", "weights: delta: asked for"),
+        ({"lora.sync": "adapter"}, False, True, "auto", "weights: adapter: lora.sync is adapter\n"),
+        ({}, False, False, "auto", "weights: mailbox: trainer and generator have GPUs of their own"),
+        ({"generation.weightTransfer": "nccl"}, False, False, "nccl", "weights: nccl: asked for; tried at the first sync"),
     ],
 )
 def test_the_trainer_takes_the_way_that_the_status_names_and_prints_it(
-    changes: dict[str, Any], delta: bool, adapter_only: bool, printed: str, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], delta: bool, adapter_only: bool, wish: str, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = pod_generator(resolve(OnlineTrainingJob.model_validate(changed(changes))))
-    assert (generator.delta, generator.adapter_only) == (delta, adapter_only)
+    assert (generator.delta, generator.adapter_only, generator.wish) == (delta, adapter_only, wish)
     assert capsys.readouterr().out.startswith(printed)

@@ -156,6 +156,7 @@ def test_without_adapters_a_policy_is_its_own_reference(tiny: tuple[Any, Any], t
         (GRPOConfig, {"sync_ref_model": True}, "sync_ref_model: beta is 0, so there is no reference model"),
         (GRPOConfig, {"sync_ref_model": True, "beta": 0.1, "ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha: 0.0 is no share"),
         (GRPOConfig, {"sync_ref_model": True, "beta": 0.1, "ref_model_sync_steps": 0}, "ref_model_sync_steps: 0 is too few"),
+        (GRPOConfig, {"vllm_weight_transfer": "tcp"}, "vllm_weight_transfer: 'tcp' is unknown; use auto, mailbox, nccl, ipc"),
         (GRPOConfig, {"vllm_mode": "server"}, "vllm_mode: rank 0 starts vLLM by itself, on vllm_device"),
         (GRPOConfig, {"vllm_guided_decoding_regex": "a+"}, "vllm_guided_decoding_regex: would change what the generator samples from"),
     ],

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from vllm.distributed.weight_transfer.base import ModuleSource
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import ModuleSource, WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 from otj_runtime.weights.errors import MailboxError, UnsupportedVLLM
-from otj_runtime.weights.mailbox import MailboxReader
+from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter
 from otj_runtime.weights.vllm_plugin import MailboxEngine, MailboxInitInfo, MailboxUpdateInfo, register, require_supported
 from otj_runtime.weights.vllm_trainer import BACKEND, MailboxTrainerEngine, MailboxTrainerInitInfo
 
@@ -108,3 +111,64 @@ def test_a_trainer_without_a_source_or_with_integers_is_refused(tmp_path: Path) 
     model.register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
     with pytest.raises(MailboxError, match=r"parameter packed is torch\.int8"):
         MailboxTrainerEngine.trainer_init(info, client=Client(), source=ModuleSource(model))
+
+
+class Recorder(WeightTransferEngine):  # type: ignore[misc]
+    """Another backend, which notes what it is asked."""
+
+    init_info_cls = MailboxInitInfo
+    update_info_cls = MailboxUpdateInfo
+    calls: ClassVar[list[str]] = []
+
+    def init_transfer_engine(self, init_info: MailboxInitInfo) -> None:
+        self.calls.append(f"init {init_info.path}")
+
+    def start_weight_update(self) -> None:
+        self.calls.append("start")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.calls.append(f"update {update_info['version']}")
+
+    def receive_weights(self, update_info: MailboxUpdateInfo) -> None:
+        raise AssertionError("update_weights is the backend's own")
+
+    def finish_weight_update(self) -> None:
+        self.calls.append("finish")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+def _engine() -> MailboxEngine:
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0, world_size=1, rank=0), model_config=SimpleNamespace())
+    return MailboxEngine(WeightTransferConfig(backend=BACKEND), config, torch.device("cpu"), torch.nn.Linear(3, 5))
+
+
+def _tell(engine: MailboxEngine, info: dict[str, Any]) -> None:
+    """As vLLM's worker does."""
+    engine.init_transfer_engine(engine.parse_init_info(info))
+
+
+def test_a_worker_is_handed_over_to_another_backend_of_vllm_and_back(tmp_path: Path) -> None:
+    if "recorder" not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine("recorder", Recorder)
+    engine = _engine()
+    _tell(engine, {"backend": "recorder", "init_info": {"path": "there"}})
+    engine.start_weight_update()
+    engine.update_weights({"version": 7})
+    engine.finish_weight_update()
+    assert Recorder.calls == ["init there", "start", "update 7", "finish"]
+    path = tmp_path / "policy.mailbox"
+    MailboxWriter.create(path, Layout.of([("weight", (5, 3)), ("bias", (5,))], torch.float32))
+    _tell(engine, {"path": str(path)})
+    engine.start_weight_update()
+    assert Recorder.calls[-1] == "shutdown"
+    engine.shutdown()
+
+
+def test_a_backend_that_vllm_does_not_have_is_refused_and_leaves_the_mailbox_possible() -> None:
+    engine = _engine()
+    with pytest.raises(ValueError, match="Invalid weight transfer backend: carrier-pigeon"):
+        _tell(engine, {"backend": "carrier-pigeon", "init_info": {}})
+    with pytest.raises(MailboxError, match="no mailbox was opened"):
+        engine.finish_weight_update()

@@ -1,0 +1,133 @@
+"""ChosenSync: finds out at the first push which way to the generator is possible, and takes it.
+
+    room?             the mailbox fits into the shared memory: `auto` looks no further
+    look              what each rank and each worker see of the GPUs -> `pod.transfer.settle`
+    meet              NCCL's rendezvous, or the first words of IPC; what fails here leaves the generator as it was
+    mailbox           whatever of this does not succeed, with the reason in the status
+
+The probe runs in the trainer, because it alone knows when both sides are up, and at the first push, because only then the generator must answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from otj_runtime.pod.transfer import Direct, Found, Sight, Transfer, candidate, fallback, settle
+from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.direct import DirectSync
+from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.ranks import Ranks
+from otj_runtime.weights.sync import SYNC_SECONDS, Proof, SyncReport, WeightSync
+
+
+class Way(Protocol):
+    """What a rank asks of a way to the generator."""
+
+    @property
+    def version(self) -> int | None: ...
+
+    def push(self, version: int) -> SyncReport: ...
+
+    def proven(self, version: int) -> Proof: ...
+
+    def reinstall(self) -> None: ...
+
+
+def own_sight(device: torch.device) -> Sight:
+    """What this rank sees; vLLM brings what asks the driver, so it is imported here."""
+    from otj_runtime.weights.vllm_devices import look
+
+    return look(device)
+
+
+class ChosenSync:
+    """The training ranks' way to the generator's weights, once it is known. Every rank makes one.
+
+    Args:
+        wish: what was asked for: auto, nccl or ipc.
+        mailbox: the way that is always possible.
+        direct: makes the way of vLLM's engine of that name.
+        model: the unwrapped policy.
+        control: the generator.
+        ready_timeout_s: how long the generator may take to start, in seconds.
+        tell: takes the outcome, on rank 0, where it is not what was announced.
+        look: what this rank sees of the GPUs.
+    """
+
+    def __init__(
+        self,
+        wish: str,
+        *,
+        mailbox: WeightSync,
+        direct: Callable[[Direct], DirectSync],
+        model: Any,
+        control: GeneratorControl,
+        ready_timeout_s: float,
+        tell: Callable[[Transfer], None],
+        look: Callable[[torch.device], Sight] = own_sight,
+    ) -> None:
+        self._wish = wish
+        self._mailbox = mailbox
+        self._direct = direct
+        self._model = model
+        self._control = control
+        self._ready_timeout_s = ready_timeout_s
+        self._tell = tell
+        self._look = look
+        self._ranks: Ranks | None = None
+        self._way: Way | None = None
+
+    @property
+    def version(self) -> int | None:
+        """The version that was pushed last; None before the first."""
+        return None if self._way is None else self._way.version
+
+    def push(self, version: int) -> SyncReport:
+        """Bring the model's current weights into the generator as `version`; the first time, choose the way. Collective."""
+        if self._way is None:
+            self._way = self._choose()
+        return self._way.push(version)
+
+    def proven(self, version: int) -> Proof:
+        """See `WeightSync` and `DirectSync`. Collective."""
+        return self._chosen("proof").proven(version)
+
+    def reinstall(self) -> None:
+        """See `WeightSync` and `DirectSync`."""
+        self._chosen("reinstall").reinstall()
+
+    def _chosen(self, phase: str) -> Way:
+        if self._way is None:
+            raise WeightSyncFailed(f"{phase}: nothing was pushed yet", phase=phase)
+        return self._way
+
+    def _choose(self) -> Way:
+        kind = candidate(self._wish, room=self._wish != "auto" or self._mailbox.has_room())
+        if kind is None:
+            return self._mailbox
+        self._ranks = ranks = Ranks(timeout_s=self._ready_timeout_s + SYNC_SECONDS)
+        way: Way = self._mailbox
+        try:
+            transfer = settle(self._wish, kind, self._probe(ranks))
+            if transfer.kind == kind:
+                direct = self._direct(kind)
+                direct.open()
+                way = direct
+        except WeightSyncFailed as error:  # the same on every rank
+            transfer = fallback(self._wish, kind, str(error))
+        if ranks.rank == 0:
+            self._tell(transfer)
+        return way
+
+    def _probe(self, ranks: Ranks) -> Found:
+        device = next(self._model.parameters()).device
+        trainers = ranks.together(lambda: self._look(device), phase="probe")
+
+        def workers() -> tuple[Sight, ...]:
+            self._control.wait_healthy(deadline_s=self._ready_timeout_s)
+            return self._control.sights()
+
+        return Found(trainers=tuple(trainers), workers=ranks.lead(workers, phase="probe"))

@@ -1,0 +1,57 @@
+"""Which GPUs a process can see and reach, asked of the driver. Worker and trainer both use it, so that their answers compare.
+
+The driver is asked, not CUDA: a GPU that CUDA_VISIBLE_DEVICES hides is out of CUDA's reach but not of NCCL's, and one that the container
+does not have is in neither's. The binding of NVML is the one that vLLM brings; without a driver nothing is listed.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from vllm.third_party import pynvml
+
+from otj_runtime.pod.transfer import Sight
+
+_READ = 0  # NVML_P2P_CAPS_INDEX_READ; the binding has a tuple there by mistake
+
+
+def look(device: torch.device) -> Sight:
+    """What this process sees, which computes on `device`."""
+    if device.type != "cuda":
+        return Sight(device="")
+    own = _plain(str(torch.cuda.get_device_properties(device).uuid))
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return Sight(device=own)
+    try:
+        return _ask(own)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _ask(own: str) -> Sight:
+    handles: dict[str, Any] = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        with suppress(pynvml.NVMLError):  # listed, but not this container's to use
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            handles[_plain(pynvml.nvmlDeviceGetUUID(handle))] = handle
+    return Sight(
+        device=own, listed=tuple(handles), peers=tuple(other for other in handles if other != own and _reaches(handles, own, other))
+    )
+
+
+def _reaches(handles: dict[str, Any], own: str, other: str) -> bool:
+    if own not in handles:
+        return False
+    try:
+        return bool(pynvml.nvmlDeviceGetP2PStatus(handles[own], handles[other], _READ) == pynvml.NVML_P2P_STATUS_OK)
+    except pynvml.NVMLError:
+        return False
+
+
+def _plain(uuid: str | bytes) -> str:
+    """As torch writes it."""
+    return (uuid.decode() if isinstance(uuid, bytes) else uuid).removeprefix("GPU-")

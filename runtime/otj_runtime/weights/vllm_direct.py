@@ -1,0 +1,122 @@
+"""vLLM's own transfers from GPU to GPU, `nccl` and `ipc`: the trainer's half, with vLLM's classes, on every rank.
+
+    open   rank 0: init_weight_transfer_engine, which names the backend to our own; that makes vLLM's worker half of it (`vllm_plugin`).
+           nccl: trainer and workers meet in a group of their own meanwhile
+    send   every rank replays the policy's tensors; rank 0: pause(keep), start, update (nccl: while it broadcasts; ipc: once for each
+           buffer of handles), then /otj/install: finish, label, forget prefixes, go on
+
+What is ours is the order around vLLM's phases: between start and finish a worker's model is taken apart, so nothing may be decoded.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
+
+from otj_runtime.api import DType
+from otj_runtime.pod.transfer import Direct
+from otj_runtime.weights.composed import whole
+from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.direct import Conversation
+from otj_runtime.weights.tensors import policy_tensors
+
+
+class PolicySource(WeightSource):  # type: ignore[misc]
+    """The policy's tensors as vLLM reads them: whole, in the generator's dtype, one at a time."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+
+    def metadata(self) -> list[ParamMeta]:
+        """Names and shapes, without gathering."""
+        return [ParamMeta(name, self._dtype, tuple(tensor.shape)) for name, tensor in policy_tensors(self._model).items()]
+
+    def largest(self) -> int:
+        """Bytes of the largest tensor, which vLLM's buffers must hold."""
+        return int(max(math.prod(entry.shape) for entry in self.metadata())) * self._dtype.itemsize
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor. Collective where the model is sharded."""
+        with torch.no_grad():
+            for name, tensor in policy_tensors(self._model).items():
+                yield name, whole(tensor).detach().to(self._dtype)
+
+
+class Client(HTTPVLLMWeightSyncClient):  # type: ignore[misc]
+    """vLLM's client with our deadlines, errors and order."""
+
+    def __init__(self, control: GeneratorControl, backend: str, conversation: Conversation) -> None:
+        super().__init__(control.url)
+        self._control = control
+        self._backend = backend
+        self._conversation = conversation
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let the workers make their half of the backend."""
+        super().init_weight_transfer_engine({"backend": self._backend, "init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Stop decoding between two steps, then begin."""
+        self._conversation.pausing()
+        with self._conversation.noting():
+            self._control.hold()
+        super().start_weight_update()
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End the update as the mailbox does, and go on."""
+        with self._conversation.noting():
+            self._control.install(self._conversation.version)
+        self._conversation.resumed()
+
+    def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+        with self._conversation.noting():
+            self._control.relay(path, json)
+
+
+class DirectChannel:
+    """An open way to the workers. Collective: every rank makes one and sends.
+
+    Args:
+        kind: vLLM's name of the backend.
+        control: the generator.
+        model: the unwrapped policy.
+        dtype: what the generator computes in.
+        rank: of this process; 0 sends.
+        workers: how many receive.
+        conversation: takes what is said on the way.
+    """
+
+    def __init__(
+        self, kind: Direct, *, control: GeneratorControl, model: Any, dtype: DType, rank: int, workers: int, conversation: Conversation
+    ) -> None:
+        source = PolicySource(model, getattr(torch, dtype))
+        # Packed: unpacked, ipc would hold the casts of all tensors in the GPU's memory at once.
+        packing = {"packed": True, "packed_buffer_size_bytes": max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, source.largest())}
+        info: NCCLTrainerInitInfo | IPCTrainerInitInfo
+        if kind == "nccl":
+            info = NCCLTrainerInitInfo(rank=rank, master_address="127.0.0.1", master_port=_free_port(), world_size=1 + workers, **packing)
+        else:
+            info = IPCTrainerInitInfo(rank=rank, **packing)
+        client = Client(control, kind, conversation)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+
+    def send(self) -> None:
+        """Send all weights and install them."""
+        self._engine.send_weights()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,399 @@
+"""vLLM's own transfers: what goes over the wire, in which order, and what becomes of one that fails. No GPU: NCCL and CUDA are left out, the
+rest of vLLM's trainer half is its own."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
+
+from otj_runtime.api import DType
+from otj_runtime.pod.errors import GeneratorLost, Stalled
+from otj_runtime.pod.transfer import Sight, Transfer
+from otj_runtime.weights import control as control_module
+from otj_runtime.weights import direct as direct_module
+from otj_runtime.weights.chosen import ChosenSync
+from otj_runtime.weights.control import GeneratorControl
+from otj_runtime.weights.direct import DirectSync
+from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
+from otj_runtime.weights.probe import trainer_scores
+from otj_runtime.weights.tensors import policy_tensors
+from tests.unit.weights.test_tensors import tiny_model
+
+SEQUENCES = [[1, 2, 3, 4], [5, 6, 7]]
+HERE = Sight(device="a", listed=("a", "b"), peers=("b",))
+THERE = Sight(device="b", listed=("a", "b"), peers=("a",))
+SAME = Sight(device="a", listed=("a",))
+
+UPDATE = ["/pause?mode=keep&clear_cache=false", "/start_weight_update", "/update_weights", "/otj/install"]
+INIT = "/init_weight_transfer_engine"
+
+
+class Server(ThreadingHTTPServer):
+    """A generator that answers as vLLM does, and scores the probe with `policy`.
+
+    Attributes:
+        calls: routes that changed something, with what was sent.
+        failing: routes that are answered with an error.
+        silent: routes that are not answered at all.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.policy = policy
+        self.calls: list[tuple[str, Any]] = []
+        self.failing: set[str] = set()
+        self.silent: set[str] = set()
+        self.version = "default"
+        self.lame = 0
+        self.sight = THERE
+        self.control = GeneratorControl(f"http://127.0.0.1:{self.server_port}")
+
+    @property
+    def routes(self) -> list[str]:
+        return [route for route, _ in self.calls]
+
+    def answer(self, route: str, body: Any) -> Any:
+        if route == "/otj/install":
+            self.version = body["version"]
+            return {"paused_s": 0.001}
+        if route == "/v1/completions":
+            scores = trainer_scores(self.policy, body["prompt"], DType.FLOAT32).logprobs
+            if self.lame:
+                self.lame -= 1
+                scores = [[value - 1 for value in row] for row in scores]
+            return {"choices": [_choice(index, *pair) for index, pair in enumerate(zip(body["prompt"], scores, strict=True))]}
+        known = {"/weight_info": {"weight_version": self.version}, "/get_world_size": {"world_size": 2}, "/otj/devices": [vars(self.sight)]}
+        return known.get(route, {})
+
+
+def _choice(index: int, tokens: list[int], scores: list[float]) -> Any:
+    logprobs = [None, *({str(token): {"logprob": score}} for token, score in zip(tokens[1:], scores, strict=True))]
+    return {"index": index, "prompt_logprobs": logprobs}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.loads(text) if text else None
+        if self.command == "POST" and self.path != "/v1/completions":
+            self.server.calls.append((self.path, body))
+        if self.path in self.server.silent:
+            time.sleep(5)
+        failing = self.path in self.server.failing
+        answer = {"error": {"message": "out of luck"}} if failing else self.server.answer(self.path, body)
+        payload = json.dumps(answer).encode()
+        self.send_response(500 if failing else 200)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the test asks for `calls`."""
+
+
+@contextmanager
+def _running(policy: Any) -> Iterator[Server]:
+    server = Server(policy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def policy() -> Any:
+    torch.manual_seed(0)
+    return tiny_model(tied=True)
+
+
+@pytest.fixture
+def server(policy: Any) -> Iterator[Server]:
+    with _running(policy) as started:
+        yield started
+
+
+@pytest.fixture
+def broadcast(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tensor]]:
+    """vLLM's engines without NCCL and CUDA; what they would have sent."""
+    sent: list[tuple[str, torch.Tensor]] = []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(destroy=lambda: None))
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **_: sent.extend(iterator))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
+
+    def chunks(iterator: Any, *, gpu_uuid: str, **_: Any) -> Iterator[Any]:
+        for name, tensor in iterator:
+            sent.append((name, tensor))
+            shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            yield SimpleNamespace(
+                names=[name], shapes=[shape], dtype_names=[dtype], tensor_sizes=[tensor.nbytes], ipc_handle={gpu_uuid: (1, 2)}
+            )
+
+    monkeypatch.setattr(ipc_engine, "packed_ipc_producer", chunks)
+    return sent
+
+
+def _sync(kind: Any, server: Server, *, dtype: DType = DType.FLOAT32) -> DirectSync:
+    return DirectSync(kind, model=server.policy, control=server.control, dtype=dtype, ready_timeout_s=5.0, prompts=SEQUENCES)
+
+
+def _perturb(policy: Any) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.05)
+
+
+def test_nccl_is_vllms_two_halves_with_decoding_held_from_start_to_install(
+    policy: Any, server: Server, broadcast: list[tuple[str, torch.Tensor]]
+) -> None:
+    sync = _sync("nccl", server, dtype=DType.BFLOAT16)
+    report = sync.push(0)
+    assert server.routes == [INIT, *UPDATE]
+    told = server.calls[0][1]["init_info"]
+    assert told["backend"] == "nccl"
+    assert told["init_info"] | {"master_port": 0} == {
+        "master_address": "127.0.0.1",
+        "master_port": 0,
+        "rank_offset": 1,
+        "world_size": 3,  # rank 0 and two workers
+        "packed": True,
+        "packed_buffer_size_bytes": 1 << 30,
+        "packed_num_buffers": 2,
+    }
+    tensors = policy_tensors(policy)
+    update = server.calls[3][1]["update_info"]
+    assert update["names"] == list(tensors) == [name for name, _ in broadcast]
+    assert update["shapes"] == [list(tensor.shape) for tensor in tensors.values()]
+    assert set(update["dtype_names"]) == {"bfloat16"}
+    assert all(torch.equal(sent, tensors[name].bfloat16()) for name, sent in broadcast)
+    assert server.calls[4][1] == {"version": "0"}
+    assert report.bytes == 2 * sum(tensor.numel() for tensor in tensors.values())
+    assert report.phases["paused"] > 0
+
+
+def test_ipc_sends_vllms_pickled_handles_buffer_by_buffer_into_one_update(
+    policy: Any, server: Server, broadcast: list[tuple[str, torch.Tensor]]
+) -> None:
+    _sync("ipc", server).push(3)
+    tensors = policy_tensors(policy)
+    assert server.routes == [INIT, *UPDATE[:2], *(len(tensors) * [UPDATE[2]]), UPDATE[3]]
+    assert server.calls[0][1]["init_info"] == {"backend": "ipc", "init_info": {"packed": True}}
+    updates = [body["update_info"] for route, body in server.calls if route == "/update_weights"]
+    assert [name for update in updates for name in update["names"]] == list(tensors)
+    assert all(pickle.loads(base64.b64decode(update["ipc_handles_pickled"])) == {"a": (1, 2)} for update in updates)
+    assert server.version == "3"
+
+
+@pytest.mark.usefixtures("broadcast")
+def test_versions_follow_each_other_over_one_meeting_and_each_is_proven(policy: Any, server: Server) -> None:
+    sync = _sync("nccl", server)
+    for version in range(3):
+        sync.push(version)
+        proof = sync.proven(version)
+        assert not proof.again
+        assert proof.agreement.max_abs <= 1e-5
+        assert (sync.version, server.version) == (version, str(version))
+        _perturb(policy)
+    assert server.routes.count(INIT) == 1
+
+
+@pytest.mark.usefixtures("broadcast")
+def test_weights_that_do_not_prove_right_are_sent_again_and_what_was_sampled_is_suspect(server: Server) -> None:
+    server.lame = 1
+    sync = _sync("nccl", server)
+    sync.push(4)
+    proof = sync.proven(4)
+    assert proof.again
+    assert server.routes == [INIT, *UPDATE, *UPDATE]
+    assert sync.proven(4) == proof  # asked for once
+
+
+@pytest.mark.usefixtures("broadcast")
+def test_weights_that_do_not_prove_right_twice_have_diverged(server: Server) -> None:
+    server.lame = 2
+    sync = _sync("nccl", server)
+    sync.push(4)
+    with pytest.raises(WeightsDiverged, match="policy version 4"):
+        sync.proven(4)
+
+
+@pytest.mark.usefixtures("broadcast")
+def test_a_generator_that_restarted_between_two_pushes_is_met_anew(server: Server) -> None:
+    sync = _sync("nccl", server)
+    sync.push(1)
+    server.version = "default"
+    sync.push(2)
+    assert server.routes == [INIT, *UPDATE, INIT, *UPDATE]
+    assert server.version == "2"
+
+
+@pytest.mark.usefixtures("broadcast")
+def test_a_generator_that_restarted_while_it_sampled_is_lost_because_nobody_keeps_its_weights(server: Server) -> None:
+    sync = _sync("nccl", server)
+    sync.push(1)
+    sync.reinstall()  # an interrupted connection: it serves them still
+    server.version = "default"
+    with pytest.raises(GeneratorLost, match=r"serves weights default instead of 1, of which nccl keeps no copy.*weightTransfer: mailbox"):
+        sync.reinstall()
+
+
+@pytest.mark.parametrize("failing", UPDATE)
+@pytest.mark.usefixtures("broadcast")
+def test_a_phase_that_fails_is_named_and_nothing_after_it_is_asked(server: Server, failing: str) -> None:
+    server.failing = {failing}
+    sync = _sync("nccl", server)
+    with pytest.raises(WeightSyncFailed, match="with 500: out of luck"):
+        sync.push(0)
+    assert server.routes[-1] == failing
+    assert sync.version is None
+
+
+def test_a_send_whose_other_half_was_refused_does_not_wait_for_nccl(
+    server: Server, broadcast: list[tuple[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.failing = {"/update_weights"}
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **_: time.sleep(60))
+    began = time.monotonic()
+    with pytest.raises(WeightSyncFailed, match=r"update: .* out of luck"):
+        _sync("nccl", server).push(0)
+    assert time.monotonic() - began < 30
+
+
+def test_a_meeting_that_never_comes_about_ends_at_its_deadline_with_the_fix(
+    server: Server, broadcast: list[tuple[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_module, "OPEN_SECONDS", 0.3)
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: time.sleep(60))
+    with pytest.raises(Stalled, match=r"init: nccl did not meet the generator in 0 s; say generation\.weightTransfer: mailbox"):
+        _sync("nccl", server).open()
+
+
+@pytest.mark.usefixtures("broadcast")
+def test_a_generator_that_does_not_answer_the_meeting_is_not_asked_for_another(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(control_module.DEADLINES, "init", 0.3)
+    server.silent = {INIT}
+    with pytest.raises(Stalled, match=r"did not answer POST .*; say generation\.weightTransfer: mailbox"):
+        _sync("nccl", server).open()
+
+
+class Mailbox:
+    """Stands in for the way that is always possible."""
+
+    def __init__(self, *, room: bool = True) -> None:
+        self.room = room
+        self.version: int | None = None
+
+    def has_room(self) -> bool:
+        return self.room
+
+    def push(self, version: int) -> str:
+        self.version = version
+        return "by mailbox"
+
+
+def _chosen(wish: str, server: Server, mailbox: Mailbox, *, look: Any = lambda _: HERE) -> tuple[ChosenSync, list[Transfer]]:
+    told: list[Transfer] = []
+    way: Any = mailbox
+    chosen = ChosenSync(
+        wish,
+        mailbox=way,
+        direct=lambda kind: _sync(kind, server),
+        model=server.policy,
+        control=server.control,
+        ready_timeout_s=5.0,
+        tell=told.append,
+        look=look,
+    )
+    return chosen, told
+
+
+@pytest.mark.usefixtures("broadcast")
+@pytest.mark.parametrize(
+    ("wish", "room", "there", "kind"),
+    [("nccl", True, THERE, "nccl"), ("auto", False, THERE, "nccl"), ("ipc", True, SAME, "ipc")],
+)
+def test_a_way_that_the_probe_finds_possible_is_taken(server: Server, wish: str, room: bool, there: Sight, kind: str) -> None:
+    server.sight = there
+    chosen, told = _chosen(wish, server, mailbox := Mailbox(room=room))
+    for version in range(2):
+        chosen.push(version)
+        assert not chosen.proven(version).again
+    assert [transfer.kind for transfer in told] == [kind]
+    assert (chosen.version, mailbox.version, server.version) == (1, None, "1")
+
+
+def test_auto_asks_nothing_where_the_mailbox_fits(server: Server) -> None:
+    chosen, told = _chosen("auto", server, mailbox := Mailbox())
+    chosen.push(0)
+    assert (mailbox.version, told, server.calls) == (0, [], [])
+
+
+@pytest.mark.parametrize(
+    ("wish", "there", "reason"),
+    [
+        ("nccl", SAME, "both on GPU a"),
+        ("ipc", THERE, "no training rank is on the generator's GPU b"),
+        ("nccl", Sight(device=""), "one side computes on a CPU"),
+    ],
+)
+def test_a_way_that_the_probe_finds_impossible_is_not_tried(server: Server, wish: str, there: Sight, reason: str) -> None:
+    server.sight = there
+    chosen, told = _chosen(wish, server, mailbox := Mailbox())
+    chosen.push(0)
+    assert (mailbox.version, server.calls) == (0, [])
+    (transfer,) = told
+    assert transfer.kind == "mailbox"
+    assert transfer.reason.startswith(f"{wish} was asked for, but {wish} is not possible: ")
+    assert reason in transfer.reason
+
+
+def test_a_meeting_that_the_generator_refuses_leaves_the_mailbox(server: Server, broadcast: list[tuple[str, torch.Tensor]]) -> None:
+    server.failing = {INIT}
+    chosen, told = _chosen("nccl", server, mailbox := Mailbox())
+    chosen.push(0)
+    assert (mailbox.version, server.routes) == (0, [INIT])
+    assert "nccl is not possible: init: the generator answered" in told[0].reason
+
+
+def test_an_nccl_that_does_not_come_up_leaves_the_mailbox(
+    server: Server, broadcast: list[tuple[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise RuntimeError("NCCL error: unhandled cuda error")
+
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", refuse)
+    chosen, told = _chosen("nccl", server, mailbox := Mailbox())
+    chosen.push(0)
+    assert mailbox.version == 0
+    assert "unhandled cuda error" in told[0].reason
+
+
+def test_a_trainer_without_vllm_takes_the_mailbox(server: Server) -> None:
+    def look(_: Any) -> Sight:
+        raise ModuleNotFoundError("No module named 'vllm'")
+
+    chosen, told = _chosen("nccl", server, mailbox := Mailbox(), look=look)
+    chosen.push(0)
+    assert mailbox.version == 0
+    assert "No module named 'vllm'" in told[0].reason
