@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 from kubernetes.aio import client
@@ -13,6 +14,7 @@ from otj_operator.metrics import Metrics
 from tests.unit.api.specs import changed
 
 Object = dict[str, Any]
+T = TypeVar("T")
 
 
 class _Listed(Cluster):
@@ -25,8 +27,8 @@ class _Listed(Cluster):
     async def preferred_version(self, group: str) -> str | None:
         return None
 
-    async def list(self, resource: Resource, **_: Any) -> tuple[list[Object], str]:
-        return self.runs if resource == ONLINE_TRAINING_JOBS else [], "99"
+    async def list(self, resource: Resource, read: Callable[[Object], T], **_: Any) -> tuple[list[T], str]:
+        return [read(run) for run in self.runs] if resource == ONLINE_TRAINING_JOBS else [], "99"
 
 
 def _run(name: str, *, version: int) -> Object:
