@@ -104,8 +104,16 @@ def test_what_cannot_change_is_refused_with_the_reason_and_what_to_do(server: Ap
         words = f"{name}: cannot change once the run exists, because {FIXED[name]}; delete it and apply it again"
         with pytest.raises(ClusterError, match=re.escape(words)):
             server.kubectl("patch", "otj", "fixed", "--type=merge", "-p", json.dumps({"spec": {name: value}}))
-    assert FIXED.keys() - CHANGES.keys() == {"nodes", "trainer"}, "nodes has one value, and trainer excludes dataset"
     server.kubectl("delete", "otj", "fixed")
+    assert FIXED.keys() - CHANGES.keys() == {"nodes", "trainer"}, "nodes has one value, and trainer excludes dataset"
+
+
+def test_the_script_of_a_run_cannot_change(server: ApiServer) -> None:
+    server.kubectl("create", "-f", "-", stdin=json.dumps(changed({"dataset": None, "trainer.command": SCRIPT}, name="scripted")))
+    another = json.dumps({"spec": {"trainer": {"command": [*SCRIPT, "--more"]}}})
+    with pytest.raises(ClusterError, match=re.escape(f"trainer: cannot change once the run exists, because {FIXED['trainer']}")):
+        server.kubectl("patch", "otj", "scripted", "--type=merge", "-p", another)
+    server.kubectl("delete", "otj", "scripted")
 
 
 @pytest.mark.parametrize("name", CHANGEABLE)

@@ -30,6 +30,10 @@ def test_an_invalid_spec_is_refused_with_the_field_and_the_fix(case: Invalid) ->
     assert (case.field or case.message) in str(refused.value)
 
 
+def test_there_are_as_many_invalid_specs_as_there_should_be() -> None:
+    assert len({case.name for case in INVALID}) == len(INVALID) >= 100
+
+
 def test_the_message_about_groups_holds_the_numbers() -> None:
     with pytest.raises(InvalidJobError, match=r"training\.num_generations: 6 does not divide the 16 completions of a rank"):
         parse_job(changed({"training.num_generations": 6, "training.steps_per_generation": 2}))
