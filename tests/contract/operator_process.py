@@ -21,14 +21,14 @@ WAIT_SECONDS = 30.0
 
 @contextmanager
 def running_operator(
-    server: ApiServer, *, name: str, progress_seconds: float = 0.2, namespaces: str = ""
+    server: ApiServer, *, name: str, progress_seconds: float = 0.2, namespaces: str = "", port: int | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run the operator with the rights of install.yaml; at the end it must still be there, and stop when told to."""
     token = server.kubectl("create", "token", "online-training-operator", "-n", "online-training-system").strip()
     environment = {**os.environ, "KUBECONFIG": str(server.kubeconfig(name, token)), "NO_PROXY": "127.0.0.1"}
-    (port,) = free_ports(1)
+    (free,) = free_ports(1)
     command = [
-        *(sys.executable, "-m", "otj_operator", "--runtime-image", IMAGE, "--identity", name, "--port", str(port)),
+        *(sys.executable, "-m", "otj_operator", "--runtime-image", IMAGE, "--identity", name, "--port", str(port or free)),
         *("--namespace", "online-training-system", "--progress-seconds", str(progress_seconds), "--log-format", "text"),
         *("--namespaces", namespaces),
     ]
