@@ -41,11 +41,11 @@ def plan(observed: Observed, *, now: datetime, image: str) -> Step:
     if job is not None and belongs(job, parent):
         found = follow(draft, observed, job, now)
         return found if not isinstance(found, PollTarget | None) else settle(draft, observed, now, poll=found)
-    if observed.refusal is not None:
-        return _refused(draft, observed, observed.refusal, now)
     created = draft.before(ConditionType.CREATED)
     if observed.bereft or (created is not None and created.status == "True"):
         return _lost(draft, observed, now)
+    if observed.refusal is not None:
+        return _refused(draft, observed, observed.refusal, now)
     if job is not None:
         return _refused(draft, observed, taken(job, parent), now)
     if parent.paused and parent.queue:

@@ -264,6 +264,12 @@ def test_a_job_deleted_before_anything_was_said_of_it_is_not_made_again() -> Non
     assert condition(status(replace(seen, absence_confirmed=True)), "Failed") == ("True", "JobLost")
 
 
+@pytest.mark.parametrize("kind", RefusalKind)
+def test_a_run_whose_job_was_created_is_looked_for_whatever_was_refused(kind: RefusalKind) -> None:
+    seen = Observed(parent=parent(status=TRAINING), refusal=Refusal(kind=kind, message="no"))
+    assert plan(seen, now=NOW, image=IMAGE) == Look()
+
+
 def test_a_lost_job_is_over_only_when_its_pod_has_let_go_of_its_gpus() -> None:
     seen = Observed(parent=parent(status=TRAINING), absence_confirmed=True, pods=(training_pod(deleting=True),))
     found = status(seen)
