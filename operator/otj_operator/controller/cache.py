@@ -111,13 +111,12 @@ class Cache:
         """The Job of `parent`, or its end if it is gone, or else whatever Job has the name."""
         gone = self._gone.get(parent.key)
         candidates = (*self.jobs.of(parent.key), *([gone] if gone is not None and gone.ended else []))
-        own = (job for job in candidates if job.owner is not None and job.owner.uid == parent.uid)
-        return next(own, None) or self.jobs.newest(parent.key)
+        return next((job for job in candidates if _owns(parent, job)), None) or self.jobs.newest(parent.key)
 
     def bereft(self, parent: Parent) -> bool:
         """Whether `parent` had a Job that is gone."""
         gone = self._gone.get(parent.key)
-        return gone is not None and gone.owner is not None and gone.owner.uid == parent.uid
+        return gone is not None and _owns(parent, gone)
 
     def workload_of(self, job: JobView | None) -> WorkloadView | None:
         """What Kueue keeps about `job`."""
@@ -132,6 +131,10 @@ class Cache:
     def forget_gone(self, key: Key) -> None:
         """The end of the Job of `key` is written down, or nobody asks for it any more."""
         self._gone.pop(key, None)
+
+
+def _owns(parent: Parent, job: JobView) -> bool:
+    return job.owner is not None and job.owner.uid == parent.uid
 
 
 def _version(view: View) -> int:

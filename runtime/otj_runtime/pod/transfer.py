@@ -1,4 +1,4 @@
-"""Which way the weights take to the generator, and why. Pure: tables of facts in, a choice with its reason out.
+"""Which way the weights take to the generator, and why. Facts in, a choice with its reason out; the only file is the note of it.
 
 `choose` decides from the pod's configuration alone, so that trainer and launcher agree before either has seen a device. vLLM's own `nccl` and
 `ipc` depend on what the two sides can see, which `settle` judges once the generator answers; the launcher then reads the outcome from a note
@@ -108,9 +108,15 @@ def candidate(wish: str, *, room: bool) -> Direct | None:
         wish: what was asked for; `auto` turns to `nccl` only where the mailbox does not fit.
         room: whether it does.
     """
-    if wish == "nccl" or wish == "ipc":
-        return wish  # type: ignore[return-value]  # narrowed by the comparison
-    return "nccl" if wish == "auto" and not room else None
+    match wish:
+        case "ipc":
+            return "ipc"
+        case "nccl":
+            return "nccl"
+        case "auto" if not room:
+            return "nccl"
+        case _:
+            return None
 
 
 def settle(wish: str, kind: Direct, found: Found) -> Transfer:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases, only_one
 from otj_runtime.weights.layout import Layout, Ticket
 from otj_runtime.weights.receipts import Receipt, Receipts, State
+from tests.unit.weights.fake_generator import FakeGenerator, serving
 
 ROUTES = {
     "init": "/init_weight_transfer_engine",
@@ -31,59 +28,27 @@ ROUTES = {
 TICKET = Ticket(version=3, slot=1, sequence=7)
 
 
-class Server(ThreadingHTTPServer):
+class Server(FakeGenerator):
     """A generator that answers every route, except as `answers` says."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__()
         self.calls: list[str] = []
         self.answers: dict[str, tuple[int, object]] = {
             "/otj/install": (200, {"paused_s": 0.003}),
             "/get_world_size": (200, {"world_size": 2}),
         }
-        self.silent: set[str] = set()
-        self.control = GeneratorControl(f"http://127.0.0.1:{self.server_port}")
 
+    def note(self, method: str, path: str, body: Any) -> None:
+        self.calls.append(path.split("?")[0])
 
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        route = self.path.split("?")[0]
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.calls.append(route)
-        if route in self.server.silent:
-            time.sleep(5)
-            return
-        status, body = self.server.answers.get(route, (200, {}))
-        payload = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    do_GET = do_POST  # noqa: N815
-
-    def log_message(self, *_: object) -> None:
-        """Nothing: the test asks for `calls`."""
-
-
-@contextmanager
-def _running() -> Iterator[Server]:
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    def answer(self, path: str, body: Any) -> tuple[int, object]:
+        return self.answers.get(path.split("?")[0], (200, {}))
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with _running() as started:
+    with serving(Server()) as started:
         yield started
 
 

@@ -4,13 +4,9 @@ rest of vLLM's trainer half is its own."""
 from __future__ import annotations
 
 import base64
-import json
 import pickle
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +20,11 @@ from otj_runtime.pod.transfer import Sight, Transfer
 from otj_runtime.weights import control as control_module
 from otj_runtime.weights import direct as direct_module
 from otj_runtime.weights.chosen import ChosenSync
-from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.direct import DirectSync
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.probe import trainer_scores
 from otj_runtime.weights.tensors import policy_tensors
+from tests.unit.weights.fake_generator import FakeGenerator, serving
 from tests.unit.weights.test_tensors import tiny_model
 
 SEQUENCES = [[1, 2, 3, 4], [5, 6, 7]]
@@ -40,33 +36,37 @@ UPDATE = ["/pause?mode=keep&clear_cache=false", "/start_weight_update", "/update
 INIT = "/init_weight_transfer_engine"
 
 
-class Server(ThreadingHTTPServer):
+class Server(FakeGenerator):
     """A generator that answers as vLLM does, and scores the probe with `policy`.
 
     Attributes:
         calls: routes that changed something, with what was sent.
         failing: routes that are answered with an error.
-        silent: routes that are not answered at all.
     """
 
-    daemon_threads = True
-
     def __init__(self, policy: Any) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__()
         self.policy = policy
         self.calls: list[tuple[str, Any]] = []
         self.failing: set[str] = set()
-        self.silent: set[str] = set()
         self.version = "default"
         self.lame = 0
         self.sight = THERE
-        self.control = GeneratorControl(f"http://127.0.0.1:{self.server_port}")
 
     @property
     def routes(self) -> list[str]:
         return [route for route, _ in self.calls]
 
-    def answer(self, route: str, body: Any) -> Any:
+    def note(self, method: str, path: str, body: Any) -> None:
+        if method == "POST" and path != "/v1/completions":
+            self.calls.append((path, body))
+
+    def answer(self, path: str, body: Any) -> tuple[int, object]:
+        if path in self.failing:
+            return 500, {"error": {"message": "out of luck"}}
+        return 200, self._said(path, body)
+
+    def _said(self, route: str, body: Any) -> Any:
         if route == "/otj/install":
             self.version = body["version"]
             return {"paused_s": 0.001}
@@ -85,41 +85,6 @@ def _choice(index: int, tokens: list[int], scores: list[float]) -> Any:
     return {"index": index, "prompt_logprobs": logprobs}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = json.loads(text) if text else None
-        if self.command == "POST" and self.path != "/v1/completions":
-            self.server.calls.append((self.path, body))
-        if self.path in self.server.silent:
-            time.sleep(5)
-        failing = self.path in self.server.failing
-        answer = {"error": {"message": "out of luck"}} if failing else self.server.answer(self.path, body)
-        payload = json.dumps(answer).encode()
-        self.send_response(500 if failing else 200)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    do_GET = do_POST  # noqa: N815
-
-    def log_message(self, *_: object) -> None:
-        """Nothing: the test asks for `calls`."""
-
-
-@contextmanager
-def _running(policy: Any) -> Iterator[Server]:
-    server = Server(policy)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.fixture
 def policy() -> Any:
     torch.manual_seed(0)
@@ -128,7 +93,7 @@ def policy() -> Any:
 
 @pytest.fixture
 def server(policy: Any) -> Iterator[Server]:
-    with _running(policy) as started:
+    with serving(Server(policy)) as started:
         yield started
 
 
