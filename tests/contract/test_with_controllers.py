@@ -6,6 +6,7 @@ Only the kubelet is played: a test writes how containers end, and Kubernetes dec
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,19 @@ def kubelet(managed_server: ApiServer) -> Kubelet:
     return Kubelet(managed_server)
 
 
+def running(
+    server: ApiServer, kubelet: Kubelet, name: str, changes: dict[str, Any] | None = None, *, bound: bool = False
+) -> tuple[Run, str]:
+    """A run whose first pod runs, on a node if `bound`, and the name of that pod."""
+    run = Run(server, name, changes)
+    (pod,) = eventually("a pod", lambda: pods(server, name))
+    if bound:
+        kubelet.bind(pod)
+    kubelet.run_pod(pod)
+    run.wait("Running")
+    return run, pod
+
+
 def pods(server: ApiServer, name: str) -> list[str]:
     """Names of the pods of a job, as users find them."""
     found = server.kubectl("get", "pods", "-l", f"onlinetraining.dev/job={name}", "-o", "jsonpath={.items[*].metadata.name}")
@@ -35,10 +49,7 @@ def pods(server: ApiServer, name: str) -> list[str]:
 
 
 def test_a_run_succeeds_when_its_trainer_does(managed_server: ApiServer, kubelet: Kubelet) -> None:
-    run = Run(managed_server, "good")
-    (pod,) = eventually("a pod", lambda: pods(managed_server, "good"))
-    kubelet.run_pod(pod)
-    run.wait("Running")
+    run, pod = running(managed_server, kubelet, "good")
     kubelet.end_trainer(pod, exit_code=0, reason="Completed")
     run.wait("Succeeded")
     assert run.object()["status"]["restarts"] == 0
@@ -98,11 +109,7 @@ def test_a_run_that_was_made_suspended_runs_when_it_is_resumed(managed_server: A
 
 
 def test_a_running_run_is_paused_and_goes_on(managed_server: ApiServer, kubelet: Kubelet) -> None:
-    run = Run(managed_server, "pausing")
-    (first,) = eventually("a pod", lambda: pods(managed_server, "pausing"))
-    kubelet.bind(first)
-    kubelet.run_pod(first)
-    run.wait("Running")
+    run, first = running(managed_server, kubelet, "pausing", bound=True)
     run.change({"suspend": True})
     held = run.wait("Suspended", status="False", reason="Suspending")
     assert "holds its accelerators" in held["message"]
@@ -124,10 +131,7 @@ def test_a_running_run_is_paused_and_goes_on(managed_server: ApiServer, kubelet:
 
 
 def test_a_pod_that_was_told_to_stop_is_replaced_and_not_counted(managed_server: ApiServer, kubelet: Kubelet) -> None:
-    run = Run(managed_server, "drained", {"backoffLimit": 0})
-    (first,) = eventually("a pod", lambda: pods(managed_server, "drained"))
-    kubelet.run_pod(first)
-    run.wait("Running")
+    run, first = running(managed_server, kubelet, "drained", {"backoffLimit": 0})
     kubelet.end_trainer(first, exit_code=ExitCode.TERMINATED)
     (second,) = eventually("another pod", lambda: set(pods(managed_server, "drained")) - {first})
     kubelet.run_pod(second)
@@ -138,10 +142,7 @@ def test_a_pod_that_was_told_to_stop_is_replaced_and_not_counted(managed_server:
 
 def test_a_pod_that_was_preempted_is_replaced_and_not_counted(managed_server: ApiServer, kubelet: Kubelet) -> None:
     """Killed before the trainer could say a word: Kubernetes' condition is all there is."""
-    run = Run(managed_server, "preempted", {"backoffLimit": 0})
-    (first,) = eventually("a pod", lambda: pods(managed_server, "preempted"))
-    kubelet.run_pod(first)
-    run.wait("Running")
+    run, first = running(managed_server, kubelet, "preempted", {"backoffLimit": 0})
     disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "for a more important pod"}
     kubelet.pod_status(first, conditions=[disrupted])
     kubelet.end_trainer(first, exit_code=137)
@@ -160,10 +161,7 @@ def test_a_model_that_is_not_there_is_not_looked_for_again(managed_server: ApiSe
 
 def test_the_generators_exit_code_is_no_error_of_the_user(managed_server: ApiServer, kubelet: Kubelet) -> None:
     """vLLM's numbers are its own: the one that stands for a wrong dataset in the trainer says nothing here."""
-    run = Run(managed_server, "sidecar")
-    (first,) = eventually("a pod", lambda: pods(managed_server, "sidecar"))
-    kubelet.run_pod(first)
-    run.wait("Running")
+    run, first = running(managed_server, kubelet, "sidecar")
     died = {"exitCode": ExitCode.DATASET_INVALID, "reason": "Error"}
     kubelet.pod_status(first, initContainerStatuses=[container("generator", terminated=died)])
     kubelet.end_trainer(first, exit_code=ExitCode.GENERATOR_LOST)
@@ -180,11 +178,7 @@ def test_a_run_that_somebody_scaled_to_no_pod_gets_one_again(managed_server: Api
 
 
 def test_a_pod_that_somebody_deleted_is_replaced(managed_server: ApiServer, kubelet: Kubelet) -> None:
-    run = Run(managed_server, "pod-deleted")
-    (first,) = eventually("a pod", lambda: pods(managed_server, "pod-deleted"))
-    kubelet.bind(first)
-    kubelet.run_pod(first)
-    run.wait("Running")
+    run, first = running(managed_server, kubelet, "pod-deleted", bound=True)
     managed_server.kubectl("delete", "pod", first, "--wait=false")
     run.wait("Running", status="False", reason="Terminated")
     kubelet.end_trainer(first, exit_code=ExitCode.TERMINATED)
