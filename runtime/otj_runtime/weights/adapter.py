@@ -67,6 +67,7 @@ class AdapterSync:
         self._ranks: Ranks | None = None
         self._pushes = 0
         self._pushed: tuple[int, Path, TrainerScores] | None = None
+        self._rounding: float | None = None
         self._proof: Proof | None = None
 
     @property
@@ -117,7 +118,7 @@ class AdapterSync:
         reshard(self._model)
         with phases("write"):
             tensors, collective = self._gather(leads=ranks.rank == 0)
-        scores = trainer_scores(self._model, self._sequences, self._dtype) if collective else None
+        scores = self._score() if collective else None
         reshard(self._model)
         self._pushes += 1
         folder = self._directory / f"adapter-{self._pushes}"
@@ -129,7 +130,7 @@ class AdapterSync:
                 self._control.wait_healthy(deadline_s=self._ready_timeout_s)
             self._install(version, folder, phases)
             with phases("probe"):
-                own = scores or trainer_scores(self._model, self._sequences, self._dtype)
+                own = scores or self._score()
                 agreement = self._compare(version, own)
             sent = sum(tensor.nbytes for tensor in tensors.values())
             total = time.monotonic() - began
@@ -139,6 +140,12 @@ class AdapterSync:
         report, self._proof, proven = ranks.lead(finish, phase="install")
         self._pushed = version, folder, proven
         return report
+
+    def _score(self) -> TrainerScores:
+        """The trainer's half of the probe. How much 16 bits change it is measured at the first push only."""
+        scores = trainer_scores(self._model, self._sequences, self._dtype, rounding=self._rounding)
+        self._rounding = scores.rounding
+        return scores
 
     def _gather(self, *, leads: bool) -> tuple[dict[str, Any], bool]:
         """The adapter's matrices by PEFT's names on rank 0 (none elsewhere), and whether all ranks had to take part."""

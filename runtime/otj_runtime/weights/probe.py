@@ -6,15 +6,15 @@ one meets contexts in them that it never saw, where rounding errors grow without
 
 In float32 the bound is one number, as in `allclose`. In 16 bits both sides round differently, and by how much depends on the model: on chat prompts
 SmolLM2-135M in bfloat16 differs from itself in float32 by 0.035 to 0.055, from vLLM's bfloat16 by 0.052 to 0.064, and vLLM from a
-trainer that is one perturbation of 2 % ahead by 0.21 to 0.29. So the trainer also scores the probe in the generator's dtype, and
-three times what that changes is allowed where it is more than `ROUNDED_BOUND`.
+trainer that is one perturbation of 2 % ahead by 0.21 to 0.29. So the trainer also scores the probe in the generator's dtype, or in float32 where
+its own weights are kept in 16 bits, and three times what that changes is allowed where it is more than `ROUNDED_BOUND`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 
 from otj_runtime.api import DType
 from otj_runtime.weights.errors import WeightsDiverged
+from otj_runtime.weights.widened import Widened, keeps_narrow_weights
 
 SEQUENCES = 3
 SEQUENCE_TOKENS = 16
@@ -64,7 +65,8 @@ class TrainerScores:
 
     Attributes:
         logprobs: log-probability of each token but the first of each sequence, in float32.
-        rounding: mean absolute change of these by computing in the generator's dtype; 0 if that is float32.
+        rounding: mean absolute change of these by computing in the generator's dtype, or in float32 where the trainer's weights are kept
+            in 16 bits; 0 where both sides are of float32.
     """
 
     logprobs: list[list[float]]
@@ -100,20 +102,22 @@ def trainer_scores(model: Any, sequences: list[list[int]], dtype: DType, *, roun
 
     Args:
         dtype: what the generator computes in.
-        rounding: what computing in it changes, if that was measured before: it spares half of the work.
+        rounding: what 16 bits change, if that was measured before: it spares half of the work.
     """
     device = next(model.parameters()).device
+    narrow = keeps_narrow_weights(model)
     with _as_it_is(model), torch.no_grad():
         with torch.autocast(device.type, enabled=False):
             logprobs = _logprobs(model, sequences)
-        if dtype is DType.FLOAT32:
+        if dtype is DType.FLOAT32 and not narrow:
             return TrainerScores(logprobs=logprobs, rounding=0.0)
         if rounding is not None:
             return TrainerScores(logprobs=logprobs, rounding=rounding)
         # Without its cache, autocast would hold every weight a second time.
-        with torch.autocast(device.type, dtype=getattr(torch, dtype), cache_enabled=False):
-            rounded = _logprobs(model, sequences)
-    return TrainerScores(logprobs=logprobs, rounding=_differences(logprobs, rounded).mean)
+        autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=not narrow, cache_enabled=False)
+        with autocast, Widened() if narrow else nullcontext():
+            otherwise = _logprobs(model, sequences)
+    return TrainerScores(logprobs=logprobs, rounding=_differences(logprobs, otherwise).mean)
 
 
 def _logprobs(model: Any, sequences: list[list[int]]) -> list[list[float]]:

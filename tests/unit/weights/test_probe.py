@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import statistics
 from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from otj_runtime.api import DType
@@ -110,6 +113,30 @@ def test_the_trainer_measures_what_rounding_changes() -> None:
     assert exact.rounding == 0.0
     assert 0.0 < rounded.rounding < 0.1
     assert rounded.logprobs == exact.logprobs
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_trainer_with_weights_in_sixteen_bits_measures_how_far_it_is_from_float32(dtype: DType, lora: bool) -> None:
+    model = _model()
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    scores = trainer_scores(model, random_sequences(50), dtype)
+    exact = trainer_scores(copy.deepcopy(model).float(), random_sequences(50), DType.FLOAT32)
+    away = [abs(a - b) for ours, theirs in zip(scores.logprobs, exact.logprobs, strict=True) for a, b in zip(ours, theirs, strict=True)]
+    assert scores.rounding == pytest.approx(statistics.mean(away), rel=1e-3)
+    assert scores.rounding > 0
+
+
+def test_measuring_in_float32_leaves_weights_in_sixteen_bits() -> None:
+    model = _model().to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    trainer_scores(model, random_sequences(50), DType.BFLOAT16)
+    assert all(tensor.dtype is torch.bfloat16 and torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_sequences_of_different_lengths_are_scored_as_if_alone() -> None:
