@@ -54,7 +54,8 @@ def build_registry(controller: Controller, called: Called) -> kopf.OperatorRegis
     async def login(**_: Any) -> kopf.AiohttpSession:
         # One of kopf's own: it closes the session when a token is refused, and logs in again. A watch is a connection of its own.
         configuration = await load_configuration()
-        return kopf.AiohttpSession(server=configuration.host, aiohttp_session=open_session(configuration, connections=0, called=called))
+        session = open_session(configuration, connections=0, called=called, lists=controller.watch_begins)
+        return kopf.AiohttpSession(server=configuration.host, aiohttp_session=session)
 
     return registry
 

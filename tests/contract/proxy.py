@@ -4,7 +4,8 @@
 
 Faults are attributes that a test sets while it runs: `error_share` of the calls answered with 409, 429 or 500; watches cut after
 `cut_seconds`; `down`: every connection is broken; `muted`: watches stay open and say nothing; `expired`: the next watch of each of these
-paths is told 410. `cut()` ends the watches that are open now.
+paths is told 410. `cut()` ends the watches that are open now. `before` is awaited before a request is passed on: what happens at the
+worst moment.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class Proxy:
         self.down = False
         self.muted = False
         self.expired: set[str] = set()
+        self.before: Callable[[str, str], Awaitable[None]] = _at_once
         self._watches: set[asyncio.Transport] = set()
 
     def cut(self) -> None:
@@ -87,6 +89,7 @@ class Proxy:
             return web.Response()  # for nobody: the operator has hung up meanwhile
 
     async def _forward(self, request: web.Request, watch: bool) -> web.StreamResponse:
+        await self.before("WATCH" if watch else request.method, request.path)
         headers = {name: request.headers[name] for name in PASSED if name in request.headers}
         url = URL(self._server.url + request.raw_path, encoded=True)
         timeout = aiohttp.ClientTimeout(total=None if watch else 60)
@@ -121,6 +124,10 @@ class Proxy:
 
     def _note(self, request: web.Request, watch: bool, status: int) -> None:
         self.calls.append(Call(time.monotonic(), request.method, request.path, watch, status))
+
+
+async def _at_once(method: str, path: str) -> None:
+    pass
 
 
 def _break(request: web.Request) -> None:

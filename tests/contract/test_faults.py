@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ from tests.contract.apiserver import ApiServer
 from tests.contract.proxy import Proxy, proxy
 
 pytestmark = pytest.mark.integration
+
+Object = dict[str, Any]
 
 JOBS_AT_ONCE = 12
 CALLS_PER_SECOND = 150
@@ -33,6 +36,13 @@ async def api(server: ApiServer) -> AsyncIterator[Api]:
 async def between(server: ApiServer) -> AsyncIterator[Proxy]:
     async with proxy(server) as made:
         yield made
+
+
+@pytest.fixture
+async def rarely_listing(server: ApiServer, between: Proxy) -> AsyncIterator[Supervised]:
+    """An operator whose periodic listing comes too late for any test."""
+    async with Supervised(server, name="rarely", url=between.url, resync_seconds=3600.0).kept() as started:
+        yield started
 
 
 @pytest.fixture
@@ -79,6 +89,19 @@ async def test_an_api_server_that_is_away_is_waited_for_without_hammering(api: A
 async def test_deletions_that_no_watch_told_of_are_found_by_the_next_listing(api: Api, between: Proxy, operator: Supervised) -> None:
     names = await _apply(api, "unseen")
     await until_async("every job has its Job", lambda: _converged(api, names), seconds=45)
+    await _delete_unseen(api, between, operator, names)
+
+
+async def test_deletions_between_two_watches_are_found_as_soon_as_the_second_begins(
+    api: Api, between: Proxy, rarely_listing: Supervised
+) -> None:
+    names = await _apply(api, "between")
+    await until_async("every job has its Job", lambda: _converged(api, names), seconds=45)
+    await _delete_unseen(api, between, rarely_listing, names)
+
+
+async def _delete_unseen(api: Api, between: Proxy, operator: Supervised, names: list[str]) -> None:
+    """Delete jobs while the watches say nothing, let these begin anew, and wait until the operator knows."""
     known = await _known(operator)
     between.muted = True
     for name in names:
@@ -92,6 +115,45 @@ async def test_deletions_that_no_watch_told_of_are_found_by_the_next_listing(api
         return await _known(operator) <= known - JOBS_AT_ONCE
 
     await until_async("the deleted jobs are forgotten", forgotten, seconds=20)
+
+
+async def test_a_run_that_goes_unseen_at_a_start_gets_no_second_job_when_a_namesake_goes_too(
+    server: ApiServer, api: Api, between: Proxy
+) -> None:
+    first = (await api.create(ONLINE_TRAINING_JOBS, run_object("unseen-start")))["metadata"]["uid"]
+    deleted, listings = asyncio.Event(), 0
+
+    async def before(method: str, path: str) -> None:
+        """Delete it after the operator has listed it, before its Job is made and before a watch could tell."""
+        nonlocal listings
+        if (method, path) == ("GET", ONLINE_TRAINING_JOBS.path()):
+            listings += 1
+            if listings == 2:
+                await deleted.wait()
+        if (method, path) == ("POST", JOBS.path("default")) and not deleted.is_set():
+            await api.delete(ONLINE_TRAINING_JOBS, "unseen-start")
+            deleted.set()
+
+    owners: list[str] = []
+
+    def told(kind: str, job: Object) -> None:
+        if kind == "ADDED":
+            owners.append(job["metadata"]["ownerReferences"][0]["uid"])
+
+    between.before = before
+    async with api.watching(JOBS, told), Supervised(server, name="start", url=between.url, resync_seconds=3600.0).kept():
+        await until_async("the Job of a run that is gone", lambda: _seen(first, owners), seconds=45)
+        await api.delete(JOBS, "unseen-start")  # as the garbage collector does
+        for _ in range(3):
+            namesake = (await api.create(ONLINE_TRAINING_JOBS, run_object("unseen-start")))["metadata"]["uid"]
+            await until_async("its namesake's Job", lambda uid=namesake: _seen(uid, owners), seconds=30)
+            await api.delete(ONLINE_TRAINING_JOBS, "unseen-start")
+            await api.delete(JOBS, "unseen-start")
+    assert len(owners) == len(set(owners)), "a second Job"
+
+
+async def _seen(uid: str, owners: list[str]) -> bool:
+    return uid in owners
 
 
 async def _leads(operator: Supervised) -> bool:

@@ -123,6 +123,17 @@ def test_what_somebody_takes_from_our_job_is_put_back(server: ApiServer, kubelet
     assert run.condition("Failed") is None
 
 
+def test_a_job_that_had_lost_its_labels_is_followed_to_its_end(server: ApiServer, kubelet: Kubelet) -> None:
+    run = Run(server, "bare-job")
+    run.created()
+    managed = "jsonpath={.metadata.labels.app\\.kubernetes\\.io/managed-by}"
+    before = server.kubectl("get", "job", "bare-job", "-o", managed)
+    server.kubectl("label", "job", "bare-job", "app.kubernetes.io/managed-by-")
+    eventually("the label is back", lambda: server.kubectl("get", "job", "bare-job", "-o", managed) == before)
+    kubelet.end_job("bare-job", "Complete", reason="CompletionsReached")
+    run.wait("Succeeded")
+
+
 def test_a_job_that_somebody_else_suspended_is_left_so_and_says_it(server: ApiServer, kubelet: Kubelet) -> None:
     run = Run(server, "held")
     run.created()

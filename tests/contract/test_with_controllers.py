@@ -6,6 +6,7 @@ Only the kubelet is played: a test writes how containers end, and Kubernetes dec
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -184,6 +185,19 @@ def test_a_pod_that_somebody_deleted_is_replaced(managed_server: ApiServer, kube
     kubelet.end_trainer(first, exit_code=ExitCode.TERMINATED)
     (second,) = eventually("another pod", lambda: set(pods(managed_server, "pod-deleted")) - {first})
     eventually("the status names it", lambda: run.object()["status"].get("podName") == second)
+
+
+def test_a_pod_that_lost_its_labels_is_followed_again_once_the_told_command_has_put_them_back(
+    managed_server: ApiServer, kubelet: Kubelet
+) -> None:
+    """The Job controller knows its pod by another label, so it goes on, and nothing else would be made in its place."""
+    run, pod = running(managed_server, kubelet, "bare-pod")
+    managed_server.kubectl("label", "pod", pod, "onlinetraining.dev/job-")
+    run.wait("Running", status="False", reason="PodPending")
+    command = eventually("the cure is told", lambda: re.search("`kubectl (.+)`", (run.condition("Running") or {})["message"]))
+    managed_server.kubectl(*command[1].split())
+    run.wait("Running")
+    assert pods(managed_server, "bare-pod") == [pod]
 
 
 def test_a_run_that_makes_no_headway_is_ended_before_its_limit(managed_server: ApiServer, kubelet: Kubelet) -> None:

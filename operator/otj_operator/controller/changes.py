@@ -11,7 +11,7 @@ from otj_operator.plan import JobView, Observed, Patch, Refusal, RefusalKind, Ta
 
 
 async def patch(cluster: Cluster, cache: Cache, observed: Observed, step: Patch, *, workloads: Resource | None) -> Observed:
-    """Make the change; a refusal that only somebody else can cure is an answer too.
+    """Make the change; that the object is gone, or a refusal that only somebody else can cure, is an answer too.
 
     Raises:
         ApiError: if the API server cannot do it now, or the object has changed since (409).
@@ -27,10 +27,22 @@ async def patch(cluster: Cluster, cache: Cache, observed: Observed, step: Patch,
         cache.workloads.put(workload)
         return replace(observed, workload=workload)
     except ApiError as error:
+        if error.absent:
+            return _without(cache, observed, step.target)
         if error.status not in (400, 403, 422):
             raise
         refused = f"The {step.target} {step.name} is not as the spec says, because the API server refused the change: {error.message}"
         return replace(observed, refusal=Refusal(kind=RefusalKind.FORBIDDEN, message=refused))
+
+
+def _without(cache: Cache, observed: Observed, target: Target) -> Observed:
+    """What is left of `observed` without the object that no watch has said is gone."""
+    if target is Target.JOB and observed.job is not None:
+        cache.jobs.remove(observed.job)
+        return replace(observed, job=None, bereft=True)
+    if target is Target.WORKLOAD and observed.workload is not None:
+        cache.workloads.remove(observed.workload)
+    return replace(observed, workload=None)
 
 
 async def ask(cluster: Cluster, observed: Observed, uid: str) -> Observed:

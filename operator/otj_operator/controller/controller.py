@@ -1,7 +1,8 @@
 """Cache, queue, workers and the periodic listing, tied together.
 
 watch event --apply--> cache --key--> queue --> worker: reconcile --> API server
-listing, each few minutes, heals what watches missed ----^              |
+listing, each few minutes and after each that a watch begins with,      |
+  heals what watches missed -----------------------------^              |
 launcher --progress puller--> report ---------------key--^ <--again_after-'
 
 What the listings and our own writes know and a watch does not tell within a time is a stall (`freshness`).
@@ -14,6 +15,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from otj_operator.controller.cache import Cache, Shelf, V
@@ -34,6 +36,13 @@ Object = dict[str, Any]
 
 OWN = f"{names.MANAGED_BY_LABEL}={names.MANAGED_BY}"
 """Selects the Jobs and pods that this operator made."""
+
+
+WATCHES_BEGIN_SECONDS = 1.0
+"""Between the listing with which a watch begins and ours."""
+
+LISTING_RETRY_SECONDS = 30.0
+"""After a listing that failed, which may have been the one that finds what a watch will never tell."""
 
 
 class Controller:
@@ -57,6 +66,7 @@ class Controller:
             wrote=self._owes,
         )
         self._listed_at = float("-inf")
+        self._watch_began = asyncio.Event()
         metrics.watch(jobs=self._labels, depth=lambda: len(self._queue), ages=self._freshness.ages)
 
     @property
@@ -79,12 +89,7 @@ class Controller:
     def job_changed(self, raw: Object, *, deleted: bool) -> None:
         """A watch told of a Job."""
         self._told(JOBS, raw)
-        view = JobView.of(raw)
-        if deleted:
-            self._cache.remove_job(view)
-            self._queue.add(view.key)
-        else:
-            self._changed(self._cache.jobs, view, False)
+        self._changed(self._cache.jobs, JobView.of(raw), deleted)
 
     def pod_changed(self, raw: Object, *, deleted: bool) -> None:
         """A watch told of a pod."""
@@ -99,6 +104,14 @@ class Controller:
         view = WorkloadView.of(raw)
         if view.job_uid:
             self._changed(self._cache.workloads, view, deleted)
+
+    def watch_begins(self, path: str) -> None:
+        """A watch began anew, with a listing of `path`. It will never tell of what was deleted before, so a listing of our own must."""
+        for resource in (ONLINE_TRAINING_JOBS, JOBS, PODS, *([self.workloads] if self.workloads is not None else [])):
+            for namespace in self._settings.namespaces or (None,):
+                if path.endswith(resource.path(namespace)):
+                    self._freshness.anew(self._watch(resource, namespace or ""))
+                    self._watch_began.set()
 
     @property
     def workloads(self) -> Resource | None:
@@ -168,13 +181,21 @@ class Controller:
         return changed
 
     async def _resync(self) -> None:
+        pause = self._settings.resync_seconds
         while True:
             # Jitter: replicas and operators of several clusters were perhaps started together.
-            await asyncio.sleep(self._settings.resync_seconds * random.uniform(0.9, 1.1))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause * random.uniform(0.9, 1.1)):
+                    await self._watch_began.wait()
+                    # The watches of all kinds begin together, and tell what they found meanwhile.
+                    await asyncio.sleep(WATCHES_BEGIN_SECONDS)
+            self._watch_began.clear()
+            pause = self._settings.resync_seconds
             try:
                 await self.listed()
             except ApiError as error:
-                logger.warning("the listing failed, the next one is due in %.0f s: %s", self._settings.resync_seconds, error)
+                pause = min(pause, LISTING_RETRY_SECONDS)
+                logger.warning("the listing failed, the next one is due in %.0f s: %s", pause, error)
 
     async def _work(self) -> None:
         while True:

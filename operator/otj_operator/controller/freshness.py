@@ -34,6 +34,10 @@ class Freshness:
         if kind not in self._owed and version > newest:
             self._owed[kind] = (version, self._clock())
 
+    def anew(self, kind: str) -> None:
+        """The watch of `kind` begins anew: what was deleted until then it need not tell, and what is there it must tell anyway."""
+        self._owed.pop(kind, None)
+
     def ages(self) -> dict[str, float]:
         """Seconds since the last change that each watch told of."""
         now = self._clock()

@@ -77,6 +77,16 @@ class Reconciler:
             silent_since=self._silent_since(key),
             written_at=self._written.get(key),
         )
+        try:
+            return await self._pursue(key, observed)
+        except ApiError as error:
+            if not error.absent:
+                raise
+            # Deleted between a listing and the watch that began after it, so that no watch will ever tell: it must not be tried for ever.
+            self._cache.parents.remove(parent)
+            return Settle(again_after=0.0)
+
+    async def _pursue(self, key: Key, observed: Observed) -> Settle:
         for _ in range(STEPS):
             match plan(observed, now=datetime.now(UTC), image=self._image):
                 case Look():

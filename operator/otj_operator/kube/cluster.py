@@ -44,6 +44,11 @@ class ApiError(Exception):
         self.message = message
         self.retry_after = retry_after
 
+    @property
+    def absent(self) -> bool:
+        """Whether it said that the object, or the namespace to create it in, is not there. A path that it does not serve has no Status."""
+        return self.status == 404 and self.reason == "NotFound"
+
 
 class FencedError(RuntimeError):
     """A write was held back, because this process may not lead any more."""

@@ -18,10 +18,15 @@ from kubernetes.aio import client
 Called = Callable[[str, int], None]
 """Told of each request: its verb and the answer's status, 0 without an answer."""
 
+Lists = Callable[[str], None]
+"""Told of each listing: its path, once its first page is there, and with it the version that all pages are of."""
+
 _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
 
-def open_session(configuration: client.Configuration, *, connections: int, called: Called) -> aiohttp.ClientSession:
+def open_session(
+    configuration: client.Configuration, *, connections: int, called: Called, lists: Lists = lambda path: None
+) -> aiohttp.ClientSession:
     """A session for the server and the credentials of `configuration`. `connections` 0 is no limit. Needs a running event loop."""
 
     async def authorised(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -35,6 +40,8 @@ def open_session(configuration: client.Configuration, *, connections: int, calle
             called(verb, 0)
             raise
         called(verb, response.status)
+        if verb == "get" and response.status == 200 and "limit" in request.url.query and "continue" not in request.url.query:
+            lists(request.url.path)
         return response
 
     return aiohttp.ClientSession(

@@ -48,6 +48,7 @@ class JobView:
     labelled: bool
     parallelism: int
     limits: Limits
+    pods_active: int
     pods_made: int
     pods_failed: int
     completed: JobEnd | None
@@ -76,6 +77,7 @@ class JobView:
             labelled=job_labels(metadata["name"]).items() <= (metadata.get("labels") or {}).items(),
             parallelism=raw["spec"].get("parallelism", 1),
             limits=Limits.of(raw["spec"]),
+            pods_active=status.get("active") or 0,
             pods_made=sum(status.get(count) or 0 for count in ("active", "succeeded", "failed")),
             pods_failed=status.get("failed") or 0,
             completed=ends.get("Complete"),

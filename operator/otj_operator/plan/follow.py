@@ -132,7 +132,7 @@ def _say_waiting(draft: Draft, observed: Observed, job: JobView, pod: PodView | 
     uid = awaited_asks(draft, observed, job, pod, now)
     if uid is not None:
         return Ask(uid)
-    cause = waiting_for(pod, observed.told)
+    cause = waiting_for(job, pod, observed.told)
     draft.rest(Reason.POD_PENDING, cause[1], cause=cause)
     if pod is not None:
         _say_generator(draft, pod)

@@ -13,23 +13,25 @@ from otj_operator.plan.draft import Draft
 from otj_operator.plan.observed import Observed, Told
 from otj_operator.plan.pods import ContainerView, PodView
 from otj_runtime.api import ConditionType, Reason
+from otj_runtime.pod.manifest import job_labels
 
 FIRST_ASK_SECONDS = 10.0
 ASK_SECONDS = 30.0
 LOST_SECONDS = 60.0
 """Beyond a pod's grace period; then its kubelet is gone."""
 
+JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
+"""Kubernetes' own, on each pod of a Job."""
+
 _IMAGE = frozenset({"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "ImageInspectError", "InvalidImageName"})
 _REFUSED = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "CrashLoopBackOff"})
 _VOLUME = frozenset({"FailedMount", "FailedAttachVolume", "FailedMapVolume"})
 
 
-def waiting_for(pod: PodView | None, told: Told | None) -> tuple[Reason, str]:
-    """Why the trainer container does not run yet."""
+def waiting_for(job: JobView, pod: PodView | None, told: Told | None) -> tuple[Reason, str]:
+    """Why the trainer container does not run yet, as far as can be seen."""
     if pod is None:
-        if told is not None and told.message:
-            return Reason.POD_REFUSED, f"Kubernetes refuses to make the pod: {told.message}"
-        return Reason.POD_PENDING, "The Job has no pod yet; if this lasts, `kubectl describe job` says why."
+        return _no_pod(job, told)
     if pod.unschedulable:
         reason = Reason.VOLUME_NOT_READY if "persistentvolumeclaim" in pod.unschedulable.lower() else Reason.UNSCHEDULABLE
         return reason, f"No node takes the pod: {pod.unschedulable}"
@@ -45,6 +47,23 @@ def waiting_for(pod: PodView | None, told: Told | None) -> tuple[Reason, str]:
         reason = Reason.VOLUME_NOT_READY if told.reason in _VOLUME else Reason.CONTAINER_REFUSED
         return reason, f"{told.reason}: {told.message}"
     return Reason.POD_PENDING, "The containers are being started: images are pulled and volumes mounted."
+
+
+def _no_pod(job: JobView, told: Told | None) -> tuple[Reason, str]:
+    if job.pods_active:
+        # The Job controller knows its pods by a label of its own, we by ours, so that it would not make another one.
+        label = f"`kubectl label pods -n {job.key.namespace} -l {JOB_NAME_LABEL}={job.key.name} {_labels(job)}`"
+        return (
+            Reason.POD_PENDING,
+            f"The Job's pod is not seen: it is just being replaced, or somebody took its labels, which {label} puts back.",
+        )
+    if told is not None and told.message:
+        return Reason.POD_REFUSED, f"Kubernetes refuses to make the pod: {told.message}"
+    return Reason.POD_PENDING, "The Job has no pod yet; if this lasts, `kubectl describe job` says why."
+
+
+def _labels(job: JobView) -> str:
+    return " ".join(f"{name}={value}" for name, value in job_labels(job.key.name).items())
 
 
 def awaited_asks(draft: Draft, observed: Observed, job: JobView, pod: PodView | None, now: datetime) -> str | None:
@@ -88,4 +107,4 @@ def _unexplained(job: JobView, pod: PodView | None) -> str | None:
     if pod is None:
         return job.uid
     on_a_node = bool(pod.model.state) and pod.model.state == "waiting"
-    return pod.uid if on_a_node and waiting_for(pod, None)[0] is Reason.POD_PENDING else None
+    return pod.uid if on_a_node and waiting_for(job, pod, None)[0] is Reason.POD_PENDING else None

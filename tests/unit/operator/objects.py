@@ -29,6 +29,7 @@ def parent(
     status: Object | None = None,
     uid: str = "parent-1",
     generation: int = 1,
+    version: int = 1,
     deleting: bool = False,
     queue: str = "",
     claim: str = "",
@@ -38,7 +39,12 @@ def parent(
     document = changed(changes | ({"output.claimName": claim} if claim else {}))
     if queue:
         document["metadata"]["labels"] = {QUEUE_LABEL: queue}
-    document["metadata"] |= {"uid": uid, "generation": generation, "resourceVersion": "1", "creationTimestamp": "2026-01-01T11:59:50Z"}
+    document["metadata"] |= {
+        "uid": uid,
+        "generation": generation,
+        "resourceVersion": str(version),
+        "creationTimestamp": "2026-01-01T11:59:50Z",
+    }
     if deleting:
         document["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
     return Parent.of(document | {"status": copy.deepcopy(status or {})})

@@ -33,6 +33,14 @@ def test_a_watch_that_owes_a_change_for_too_long_has_stalled(fresh: Freshness, c
     assert fresh.stalled(10) == ["jobs"]
 
 
+def test_a_watch_that_begins_anew_owes_nothing_of_what_may_be_deleted_by_then(fresh: Freshness, clock: Clock) -> None:
+    fresh.expect("jobs", 5)
+    fresh.expect("pods", 6)
+    fresh.anew("jobs")
+    clock.now = 11.0
+    assert fresh.stalled(10) == ["pods"]
+
+
 def test_any_later_change_pays_what_is_owed(fresh: Freshness, clock: Clock) -> None:
     fresh.expect("jobs", 5)
     fresh.told("jobs", 4)

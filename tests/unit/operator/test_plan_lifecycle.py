@@ -147,6 +147,7 @@ def test_a_run_made_paused_gets_its_job_at_once_but_in_a_queue_only_when_it_may_
             "DevicePluginRejected",
             "no GPU",
         ),
+        ({"job": job(active=1)}, "PodPending", "or somebody took its labels, which `kubectl label pods -n default"),
         ({"told": told("FailedCreate", "exceeded quota: a", uid="job-1")}, "PodRefused", "refuses to make the pod: exceeded quota: a"),
         (
             {"pods": (pod(phase="Pending", model=waiting("PodInitializing")),), "told": told("FailedMount", "timed out", uid="uid-run-1")},
