@@ -153,6 +153,7 @@ async def test_a_run_that_goes_unseen_at_a_start_gets_no_second_job_when_a_names
 
 
 async def _seen(uid: str, owners: list[str]) -> bool:
+    assert len(owners) == len(set(owners)), "a second Job"
     return uid in owners
 
 
