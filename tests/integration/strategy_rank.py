@@ -19,6 +19,7 @@ from otj_runtime.data.load import load_prompts
 from otj_runtime.rewards import load_rewards
 from otj_runtime.train.checkpoints import newest_checkpoint
 from otj_runtime.train.config import GRPOConfig
+from otj_runtime.train.export import save_merged
 from otj_runtime.train.grpo import GRPOTrainer
 from otj_runtime.train.lora import peft_config
 
@@ -53,6 +54,8 @@ def main() -> None:
     checkpoint = newest_checkpoint(Path(output))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(Path(output) / "model"))
+    if lora is not None:
+        save_merged(trainer, Path(output) / "merged")
     trainer.accelerator.end_training()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from otj_runtime.pod.errors import ModelNotFound
 from otj_runtime.train.config import OnlineConfig
@@ -28,7 +28,10 @@ def load_policy(model: Any, tokenizer: Any, *, args: OnlineConfig, peft_config: 
     policy = load_model(model, **init)
     if args.disable_dropout:
         switch_off_dropout(policy)
-    return policy if peft_config is None else with_adapter(policy, peft_config), found
+    if peft_config is not None:
+        set_seed(args.seed)  # the adapter's first values are drawn, and every strategy must begin with the same
+        policy = with_adapter(policy, peft_config)
+    return policy, found
 
 
 def load_model(source: Any, **keywords: Any) -> Any:
