@@ -25,7 +25,6 @@ class Pause:
     before: list[int]
     """Steps in the first trainer's log, in its order."""
     suspended: Object
-    pods_left: list[Object]
     checkpoint: int
     """What the status gave as the newest checkpoint while the second pod ran."""
     after: list[int]
@@ -47,22 +46,29 @@ def pause(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pause:
 
     _suspend(cluster, True)
     cluster.wait_for(JOB, "Suspended", reason="JobSuspended", seconds=SUSPEND_SECONDS)
-    suspended, pods_left = cluster.get("otj", JOB), cluster.pods(JOB)
+    suspended = cluster.get("otj", JOB)
     follower.wait(timeout=30)
+    eventually("no pod is left", lambda: not cluster.pods(JOB), seconds=30)
 
     _suspend(cluster, False)
     cluster.wait_for(JOB, "Running", reason="Training", seconds=START_SECONDS)
     checkpoint = eventually("the checkpoint is told", lambda: _progress(cluster).get("checkpointStep"), seconds=60)
     cluster.wait_for(JOB, "Succeeded", seconds=TRAIN_SECONDS)
     second_log = cluster.kubectl("logs", _pod(cluster), "-c", "trainer")
-    return Pause(_steps(first_log.read_text()), suspended, pods_left, int(checkpoint), _steps(second_log), cluster.get("otj", JOB))
+    return Pause(_steps(first_log.read_text()), suspended, int(checkpoint), _steps(second_log), cluster.get("otj", JOB))
 
 
-def test_while_it_is_suspended_it_has_no_pod_and_says_so(pause: Pause) -> None:
-    assert pause.pods_left == []
+def test_while_it_is_suspended_it_says_so(pause: Pause) -> None:
     assert pause.suspended["status"]["state"] == "Suspended"
     conditions = {condition["type"]: condition for condition in pause.suspended["status"]["conditions"]}
     assert (conditions["Running"]["status"], conditions["Running"]["reason"]) == ("False", "JobSuspended")
+
+
+def test_while_it_is_suspended_its_status_holds_the_last_step_and_its_checkpoint(pause: Pause) -> None:
+    progress = pause.suspended["status"]["progress"]
+    assert (progress["step"], progress["checkpointStep"]) == (pause.before[-1], pause.before[-1])
+    conditions = {condition["type"]: condition for condition in pause.suspended["status"]["conditions"]}
+    assert (conditions["CheckpointFresh"]["status"], conditions["CheckpointFresh"]["reason"]) == ("True", "CheckpointSaved")
 
 
 def test_the_checkpoint_of_the_pause_is_of_the_last_step_that_was_made(pause: Pause) -> None:

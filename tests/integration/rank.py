@@ -60,7 +60,7 @@ def save_when_told() -> None:
     report(current_step=4, total_steps=100, world_size=1)
     while not asked:
         time.sleep(0.05)
-    Path(CONFIG.output, "checkpoint").touch()
+    Path(CONFIG.output, "checkpoint-4").mkdir()
     FailureNote.of(Terminated("stopped at step 4 of 100; a checkpoint was saved"), rank=0).write(RUN)
     sys.exit(1)
 

@@ -223,7 +223,16 @@ def test_sigterm_lets_the_ranks_save_and_is_told_as_such(pod: Pod) -> None:
         run.process.send_signal(signal.SIGTERM)
         assert run.end() is ExitCode.TERMINATED
         assert run.note().message == "stopped at step 4 of 100; a checkpoint was saved"
-    assert (pod.output / "checkpoint").exists()
+
+
+def test_what_was_saved_on_the_way_out_is_in_the_last_words(pod: Pod) -> None:
+    with pod.launch("save_when_told") as run:
+        run.wait_for_step()
+        run.process.send_signal(signal.SIGTERM)
+        run.end()
+        progress = run.note().progress
+    assert progress is not None
+    assert (progress.step, progress.checkpoint_step) == (4, 4)
 
 
 def test_ranks_that_ignore_sigterm_are_killed_with_all_they_started(pod: Pod) -> None:

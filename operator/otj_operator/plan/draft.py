@@ -11,7 +11,7 @@ from typing import Any
 
 from otj_operator.plan.parent import Parent
 from otj_operator.plan.progress import at_rest
-from otj_runtime.api import Condition, ConditionType, OnlineTrainingJobStatus, Progress, Reason
+from otj_runtime.api import Condition, ConditionType, OnlineTrainingJobStatus, Reason
 
 _WORDS: dict[str, str] = {
     Reason.TRAINING: "Running",
@@ -35,7 +35,7 @@ class Draft:
     """A status in the making."""
 
     def __init__(self, parent: Parent, now: datetime) -> None:
-        present = known_status(parent.status)
+        present = OnlineTrainingJobStatus.model_validate(parent.status)
         self._generation, self._now = parent.generation, timestamp(now)
         self.again_after: float | None = None
         self._before = {condition.type: condition for condition in present.conditions}
@@ -74,9 +74,9 @@ class Draft:
         self.progress = at_rest(self.progress)
 
     def keep(self, kind: ConditionType) -> None:
-        """Say of the present generation what was said before."""
-        if kind in self._before:
-            self._conditions[kind] = self._before[kind].model_copy(update={"observed_generation": self._generation})
+        """Say of the present generation what is said so far."""
+        if kind in self._conditions:
+            self._conditions[kind] = self._conditions[kind].model_copy(update={"observed_generation": self._generation})
 
     def end(self, kind: ConditionType, reason: Reason, message: str, *, time: str | None = None) -> None:
         """Set a terminal condition, and with it everything that is over."""
@@ -114,20 +114,6 @@ class Draft:
             restarts_counted=self.restarts_counted,
             progress=self.progress,
         ).to_wire()
-
-
-def known_status(raw: dict[str, Any]) -> OnlineTrainingJobStatus:
-    """The status in `raw`. Fields of another version of the operator are left out rather than fatal."""
-
-    def known(model: type[Condition | Progress | OnlineTrainingJobStatus], values: dict[str, Any]) -> dict[str, Any]:
-        names = {field.alias for field in model.model_fields.values()}
-        return {name: value for name, value in values.items() if name in names}
-
-    values = known(OnlineTrainingJobStatus, raw)
-    values["conditions"] = [known(Condition, condition) for condition in raw.get("conditions", [])]
-    if "progress" in values:
-        values["progress"] = known(Progress, raw["progress"])
-    return OnlineTrainingJobStatus.model_validate(values)
 
 
 def finished(status: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from otj_operator.plan.children import JobView
 from otj_operator.plan.draft import Draft
 from otj_operator.plan.observed import Observed
 from otj_operator.plan.pods import PodView
-from otj_operator.plan.progress import at_the_end, merged
+from otj_operator.plan.progress import at_the_end, last_words, merged
 from otj_operator.plan.signs import say_checkpoint, say_running
 from otj_operator.plan.steps import Ask, Patch, PollTarget
 from otj_operator.plan.waiting import awaited_asks, generator_state, lost_node, waiting_for
@@ -30,10 +30,9 @@ def follow(draft: Draft, observed: Observed, job: JobView, now: datetime) -> Pat
     newest = pods[-1] if pods else None
     _say_created(draft, observed, job)
     _count_restarts(draft, job, newest)
-    if newest is not None and observed.report is not None and observed.report.pod_uid == newest.uid:
-        draft.progress = merged(draft.progress, observed.report.body.progress)
+    _take_progress(draft, observed, newest)
     if job.completed is not None:
-        draft.progress = at_the_end(draft.progress, newest)
+        draft.progress = at_the_end(draft.progress)
         draft.end(ConditionType.SUCCEEDED, Reason.FINISHED, "", time=job.completed.time)
         return None
     if job.failed is not None:
@@ -67,6 +66,16 @@ def _count_restarts(draft: Draft, job: JobView, newest: PodView | None) -> None:
         draft.pod_name = newest.name
 
 
+def _take_progress(draft: Draft, observed: Observed, newest: PodView | None) -> None:
+    """What was pulled, then what the launcher said at its end. Whether the checkpoint is fresh follows, also once nothing runs."""
+    if newest is not None:
+        if observed.report is not None and observed.report.pod_uid == newest.uid:
+            draft.progress = merged(draft.progress, observed.report.body.progress)
+        draft.progress = merged(draft.progress, last_words(newest))
+    if draft.progress is not None or (newest is not None and newest.trainer.state == "running"):
+        say_checkpoint(draft, observed.parent)
+
+
 def _going(draft: Draft, observed: Observed, job: JobView, pod: PodView | None, now: datetime) -> Ask | PollTarget | None:
     """Say what a Job that has not ended does."""
     draft.say(ConditionType.SUSPENDED, False, Reason.NOT_SUSPENDED)
@@ -87,7 +96,6 @@ def _going(draft: Draft, observed: Observed, job: JobView, pod: PodView | None, 
     else:
         _say_generator(draft, pod)
         say_running(draft, observed, pod)
-        say_checkpoint(draft, observed.parent)
         return _target(pod)
     return None
 

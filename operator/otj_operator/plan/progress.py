@@ -5,8 +5,21 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from otj_operator.plan.pods import PodView
-from otj_runtime.api import Progress
-from otj_runtime.pod.metrics import LauncherReport
+from otj_runtime.api import Progress, ToldModel
+
+
+class _LastWords(ToldModel):
+    """What the launcher's termination messages, that of success and that of failure, have in common."""
+
+    progress: Progress | None = None
+
+
+def last_words(pod: PodView) -> Progress | None:
+    """The progress that a launcher left when it ended: what was made and saved since the last pull stands nowhere else."""
+    try:
+        return _LastWords.model_validate_json(pod.trainer.message).progress
+    except ValidationError:
+        return None
 
 
 def merged(before: Progress | None, told: Progress | None) -> Progress | None:
@@ -27,10 +40,8 @@ def at_rest(progress: Progress | None) -> Progress | None:
     return progress.model_copy(update=dict.fromkeys(passing))
 
 
-def at_the_end(before: Progress | None, pod: PodView | None) -> Progress | None:
-    """The progress of a job that succeeded: the launcher's last words if it left any, and all steps made."""
-    last = _last_words(pod) if pod else None
-    progress = merged(before, last)
+def at_the_end(progress: Progress | None) -> Progress | None:
+    """The progress of a job that succeeded: all steps made."""
     if progress is None:
         return None
     total = progress.total_steps
@@ -55,11 +66,3 @@ def _duration(seconds: int | None) -> str | None:
     if hours:
         return f"{hours}h{minutes % 60:02}m"
     return f"{minutes}m" if minutes else f"{seconds}s"
-
-
-def _last_words(pod: PodView) -> Progress | None:
-    """The report that a launcher may leave as its termination message when it succeeds."""
-    try:
-        return LauncherReport.model_validate_json(pod.trainer.message).progress
-    except ValidationError:
-        return None

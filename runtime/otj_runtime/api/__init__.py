@@ -1,6 +1,6 @@
 """OnlineTrainingJob v1alpha1 as typed models. Importable without torch, kopf or a Kubernetes client."""
 
-from otj_runtime.api.base import ApiModel, Rule
+from otj_runtime.api.base import ApiModel, Rule, ToldModel
 from otj_runtime.api.job import (
     API_VERSION,
     GROUP,
@@ -42,6 +42,7 @@ __all__ = [
     "Progress",
     "Reason",
     "Rule",
+    "ToldModel",
     "load_document",
     "load_job",
     "parse_job",

@@ -51,3 +51,9 @@ class ApiModel(BaseModel):
     def to_wire(self) -> dict[str, Any]:
         """The JSON form the API server stores: camelCase, unset optionals absent."""
         return self.model_dump(by_alias=True, exclude_none=True, mode="json")
+
+
+class ToldModel(ApiModel):
+    """What one process tells another that may be of another version, as in a rolling upgrade: fields not known here are left out."""
+
+    model_config = ConfigDict(extra="ignore")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from otj_runtime.api.base import ApiModel
+from otj_runtime.api.base import ToldModel
 
 
 class ConditionType(StrEnum):
@@ -137,7 +137,7 @@ Reading = Annotated[str, Field(max_length=64)] | None
 """A number for people."""
 
 
-class Condition(ApiModel):
+class Condition(ToldModel):
     """One observation about the job, in the form that Kubernetes uses everywhere."""
 
     type: Annotated[str, Field(max_length=316)] = Field(
@@ -150,7 +150,7 @@ class Condition(ApiModel):
     observed_generation: int | None = Field(None, ge=0, description="Generation of the spec that this was said of.")
 
 
-class Progress(ApiModel):
+class Progress(ToldModel):
     """How far the run is, as the launcher reports it. Numbers are text: they are for reading, and floats do not survive the wire."""
 
     step: int | None = Field(None, ge=0, description="Optimizer steps made.")
@@ -181,7 +181,7 @@ class Progress(ApiModel):
     last_updated: Timestamp | None = Field(None, description="When the trainer last reported.")
 
 
-class OnlineTrainingJobStatus(ApiModel):
+class OnlineTrainingJobStatus(ToldModel):
     """Observed state of a job."""
 
     state: Annotated[str, Field(max_length=64)] | None = Field(

@@ -23,7 +23,7 @@ from otj_runtime.launch import accelerate, preflight, server, verdict
 from otj_runtime.launch.board import Board
 from otj_runtime.launch.generator import GeneratorWatch
 from otj_runtime.launch.ranks import Ranks
-from otj_runtime.launch.resumption import judge_failure, watch_checkpoints
+from otj_runtime.launch.resumption import judge_failure, newest_saved, watch_checkpoints
 from otj_runtime.launch.watchdog import Patience, overdue, stalled
 from otj_runtime.pod.commands import script_arguments
 from otj_runtime.pod.config import PodConfig
@@ -63,18 +63,20 @@ class Launcher:
         self._stop_signal: asyncio.Future[int] | None = None
 
     async def run(self) -> ExitCode:
-        """Run to the end; the code to exit with. The termination message holds the cause, or after success the last progress."""
+        """Run to the end; the code to exit with. The termination message holds the last progress and, unless all went well, the cause."""
         try:
             note = await self._run()
         except RunError as error:
             note = FailureNote.of(error)
         self._board.ended = True
-        termination_log = Path(self._config.termination_log)
+        output, termination_log = Path(self._config.output), Path(self._config.termination_log)
+        self._board.checkpoint = newest_saved(output)  # with what was saved on the way out
+        report = self._board.report()
         if note is not None:
-            note = judge_failure(note, output=Path(self._config.output), job=self._config.uid, step=self._board.step)
-            return conclude(note, termination_log)
-        # Nobody can pull it from the port any more. Without the metrics it is short enough for a termination message.
-        leave(json.dumps(self._board.report().model_copy(update={"metrics": {}}).to_wire()), termination_log)
+            note = judge_failure(note, output=output, job=self._config.uid, step=self._board.step)
+            return conclude(note.model_copy(update={"progress": report.progress}), termination_log)
+        # Without the metrics it is short enough for a termination message.
+        leave(json.dumps(report.model_copy(update={"metrics": {}}).to_wire()), termination_log)
         return ExitCode.SUCCESS
 
     async def _run(self) -> FailureNote | None:

@@ -1,6 +1,6 @@
 """What the next pod would start from, and whether starting it makes sense. Reads and writes the output folder, which outlives the pod.
 
-    checkpoint-<step>/   complete ones, seen every few seconds -> the board -> the operator's CheckpointFresh
+    checkpoint-<step>/   complete ones, seen every few seconds and at the end -> the board -> the operator's CheckpointFresh
     failures.json        one entry per pod of this job that failed while training: its step, and the newest checkpoint then
 
 Several failures at one and the same step, with no checkpoint beyond the first one's, are no bad luck: another pod would make the
@@ -44,7 +44,7 @@ class Failures(ApiModel):
 async def watch_checkpoints(output: Path, board: Board) -> None:
     """Keep the board's checkpoint what the folder holds, for ever."""
     while True:
-        board.checkpoint = await asyncio.to_thread(_newest, output)
+        board.checkpoint = await asyncio.to_thread(newest_saved, output)
         await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -57,7 +57,7 @@ def judge_failure(note: FailureNote, *, output: Path, job: str, step: int | None
     """
     if not job or not step or note.reason is Reason.TERMINATED or exit_code(note.reason).permanent:
         return note
-    newest = _newest(output)
+    newest = newest_saved(output)
     failure = Failure(job=job, step=step, checkpoint=newest[0] if newest else None)
     entries = [*(entry for entry in _read(output / FAILURES_FILE) if entry.job == job), failure][-SAME_STEP_FAILURES:]
     try:
@@ -71,7 +71,7 @@ def judge_failure(note: FailureNote, *, output: Path, job: str, step: int | None
     return note.model_copy(update={"reason": Reason.NO_NEW_CHECKPOINT, "message": message[:3500]})
 
 
-def _newest(output: Path) -> tuple[int, float] | None:
+def newest_saved(output: Path) -> tuple[int, float] | None:
     """Steps in the newest complete checkpoint and when it was made; None also if it goes away while it is looked at."""
     try:
         path = newest_checkpoint(output)

@@ -83,9 +83,10 @@ def digest(tail: list[str]) -> str:
 
 
 def termination_message(note: FailureNote) -> str:
-    """The note as JSON that fits into a termination message; its message loses its beginning if need be."""
+    """The note as JSON that fits into a termination message; its message loses its beginning if need be, then it loses the progress."""
     text = note.to_json()
     while (excess := len(text.encode()) - TERMINATION_BYTES) > 0:
-        note = note.model_copy(update={"message": note.message[max(1, excess // 6) :]})
+        shorter = {"message": note.message[max(1, excess // 6) :]} if note.message else {"progress": None}
+        note = note.model_copy(update=shorter)
         text = json.dumps(note.to_wire())
     return text

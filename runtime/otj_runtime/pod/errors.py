@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from otj_runtime.api import ApiModel, Reason
+from otj_runtime.api import Progress, Reason, ToldModel
 
 
 class RunError(Exception):
@@ -134,13 +134,16 @@ def exit_code(reason: Reason) -> ExitCode:
     return ExitCode[reason.name]
 
 
-class FailureNote(ApiModel):
+class FailureNote(ToldModel):
     """Why a run ended, as one JSON line: the container's termination message."""
 
     reason: Reason
     message: str = Field(max_length=3500, description="Termination messages hold 4096 bytes.")
     rank: int | None = None
     time: float = 0.0
+    progress: Progress | None = Field(
+        None, description="How far the run was; the launcher's word, nobody can pull it from the port any more."
+    )
 
     @classmethod
     def of(cls, error: BaseException, *, rank: int | None = None) -> FailureNote:

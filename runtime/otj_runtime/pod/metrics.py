@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from otj_runtime.api import ApiModel, Progress
+from otj_runtime.api import ApiModel, Progress, ToldModel
 
 
 class Answer(ApiModel):
@@ -81,7 +81,7 @@ class StatusUpdate(BaseModel):
     trainerStatus: TrainerStatus  # noqa: N815
 
 
-class LauncherReport(ApiModel):
+class LauncherReport(ToldModel):
     """The progress document: what the operator pulls from the launcher's read-only port."""
 
     phase: Literal["starting", "training", "ended"] = Field(

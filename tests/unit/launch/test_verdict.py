@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from otj_runtime.api import Reason
+from otj_runtime.api import Progress, Reason
 from otj_runtime.launch.verdict import TERMINATION_BYTES, Tail, decide, digest, termination_message
 from otj_runtime.pod.errors import FailureNote
 
@@ -86,8 +86,10 @@ def test_the_tail_keeps_the_end_of_endless_output() -> None:
     assert sum(map(len, tail.lines())) < 10_000
 
 
-@given(st.text(max_size=3500))
-def test_a_termination_message_is_whole_json_within_the_limit(message: str) -> None:
-    text = termination_message(FailureNote(reason=Reason.TRAINER_CRASHED, message=message, rank=1, time=1.0))
+@given(message=st.text(max_size=3500), advice=st.text(max_size=256), transfer=st.text(max_size=256))
+@example(message="x" * 3500, advice="\U0001f600" * 256, transfer="\U0001f600" * 256)
+def test_a_termination_message_is_whole_json_within_the_limit(message: str, advice: str, transfer: str) -> None:
+    progress = Progress(step=3, advice=advice, weight_transfer=transfer)
+    text = termination_message(FailureNote(reason=Reason.TRAINER_CRASHED, message=message, rank=1, time=1.0, progress=progress))
     assert len(text.encode()) <= TERMINATION_BYTES
     assert json.loads(text)["reason"] == "TrainerCrashed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -218,6 +219,29 @@ def test_retried_pods_are_counted_when_they_are_replaced() -> None:
 def test_a_suspended_job_says_while_its_pod_still_holds_gpus() -> None:
     seen = Observed(parent=parent(status=TRAINING), job=job(suspend=True), pods=(training_pod(deleting=True),))
     assert "still holds its GPUs" in message(status(seen), "Running")
+
+
+def stopped(**newer: Any) -> str:
+    """The termination message of a launcher that was told to stop after step 14, and saved; `newer` are fields of a later version."""
+    progress = {"step": 14, "totalSteps": 150, "checkpointStep": 14, "checkpointTime": "2026-01-01T12:05:00Z"} | newer
+    return json.dumps({"reason": "Terminated", "message": "told to stop", "progress": progress} | newer)
+
+
+@pytest.mark.parametrize("newer", [{}, {"ofALaterVersion": 1}])
+def test_what_was_saved_while_it_was_suspended_is_told(newer: Object) -> None:
+    ended_pod = training_pod(phase="Failed", deleting=True, trainer=ended(85, stopped(**newer)))
+    found = status(
+        Observed(parent=parent(status=TRAINING, suspend=True, claim="runs"), job=job(suspend=True), pods=(ended_pod,), report=report(11))
+    )
+    assert (found["progress"]["step"], found["progress"]["checkpointStep"]) == (14, 14)
+    assert condition(found, "CheckpointFresh") == ("True", "CheckpointSaved")
+    without_pod = Observed(parent=parent(status=found, suspend=True, claim="runs"), job=job(suspend=True))
+    assert settle(without_pod, seconds=60).status is None  # nothing changes
+
+
+def test_a_status_of_a_later_version_is_no_error() -> None:
+    newer = {**TRAINING, "ofALaterVersion": 1, "progress": {**TRAINING["progress"], "ofALaterVersion": 1}}
+    assert status(Observed(parent=parent(status=newer), job=job(active=1), pods=(training_pod(),)))["progress"] == TRAINING["progress"]
 
 
 @pytest.mark.parametrize("kind", [RefusalKind.INVALID, RefusalKind.TAKEN])
