@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -321,10 +322,13 @@ def load(url: str) -> None:
 
 
 def post(url: str, route: str, body: dict[str, Any] | None = None) -> None:
-    """One request that must succeed."""
+    """One request that must succeed; what a refusal says is the end of the process."""
     request = urllib.request.Request(url + route, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}, method="POST")
-    with urllib.request.urlopen(request, timeout=600) as response:
-        response.read()
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            response.read()
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{route}: {error}: {error.read().decode(errors='replace')[:1000]}")
 
 
 def machine_name(bench: Bench) -> str:
