@@ -40,7 +40,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from otj_runtime.api import DType, OnlineTrainingJob
-from otj_runtime.pod.commands import generator_command, generator_environment
+from otj_runtime.pod.commands import PROBE_ROOM, generator_command, generator_environment
 from otj_runtime.pod.config import Layout, PodConfig, resolve
 from otj_runtime.pod.transfer import Transfer
 from otj_runtime.train.generator import Generator, make_weights
@@ -247,7 +247,7 @@ def model_config(size: str) -> Qwen2Config:
 @contextmanager
 def serving(bench: Bench, model: Path, dtype: DType, folder: Path) -> Iterator[PodConfig]:
     """A generator with dummy weights that answers."""
-    extra = ["--skip-tokenizer-init", *(["--enforce-eager"] if bench.eager else [])]
+    extra = ["--skip-tokenizer-init", "--max-num-seqs", str(SEQUENCES + PROBE_ROOM), *(["--enforce-eager"] if bench.eager else [])]
     if bench.device == "cuda":  # a fixed size needs no trial run, which other processes on the card would disturb
         extra += ["--kv-cache-memory-bytes", str(4 << 30)]
     job = OnlineTrainingJob.model_validate(
@@ -301,6 +301,8 @@ def decoding(url: str) -> Iterator[None]:
     time.sleep(4 if torch.cuda.is_available() else 2)
     try:
         yield
+        if process.poll() is not None:
+            raise RuntimeError("nothing was decoded beside the pushes: the load has ended")
     finally:
         process.kill()
         process.wait()

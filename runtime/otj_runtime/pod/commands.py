@@ -18,7 +18,11 @@ from otj_runtime.pod.names import SERVED_MODEL, STATUS_ROUTE
 PYTHON = "python"
 
 MAX_SEQUENCES = 1024
-"""Most sequences that one engine decodes at once; more of them wait."""
+"""Most completions that one engine decodes at once; more of them wait."""
+
+PROBE_ROOM = 16
+"""Places beside them for the sequences of the probe. Without, each proof of new weights would wait until a completion ends, and the
+optimizer for the proof."""
 
 BASE_MODEL = "base"
 """Name under which vLLM serves the model that an adapter is for."""
@@ -116,7 +120,7 @@ def server_command(
     if generation.engines > 1:
         command += ["--data-parallel-size", str(generation.engines)]
     if sequences is not None and device is Device.CUDA:
-        command += ["--max-num-seqs", str(max(sequences, generation.tensor_parallel_size or generation.gpus))]
+        command += ["--max-num-seqs", str(sequences + PROBE_ROOM)]
     if generation.max_model_len is not None:
         command += ["--max-model-len", str(generation.max_model_len)]
     if device is Device.CUDA:

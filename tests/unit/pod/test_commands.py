@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from otj_runtime.api import OnlineTrainingJob
-from otj_runtime.pod.commands import ADAPTED_LAYERS, generator_command, generator_environment, shared_environment
+from otj_runtime.pod.commands import ADAPTED_LAYERS, PROBE_ROOM, generator_command, generator_environment, shared_environment
 from otj_runtime.pod.config import resolve
 
 
@@ -73,9 +73,9 @@ def test_what_was_compiled_or_fetched_once_stays_on_the_output_volume(name: str)
         ({"gpus": 8, "rollout": {"staleness": 64}}, 1024),
     ],
 )
-def test_an_engine_is_sized_by_the_completions_it_has_under_way(spec: dict[str, Any], sequences: int) -> None:
+def test_an_engine_is_sized_by_the_completions_it_has_under_way_and_the_probe(spec: dict[str, Any], sequences: int) -> None:
     training = {"per_device_train_batch_size": 16, "num_generations": 8}
-    assert options(spec | {"training": training})["--max-num-seqs"] == str(sequences)
+    assert options(spec | {"training": training})["--max-num-seqs"] == str(sequences + PROBE_ROOM)
 
 
 @pytest.mark.parametrize(("wish", "open_"), [("auto", False), ("mailbox", False), ("nccl", False), ("ipc", True)])

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from otj_runtime.api import DType
+from otj_runtime.pod.commands import PROBE_ROOM
 from otj_runtime.weights.errors import WeightsDiverged
 from otj_runtime.weights.probe import TrainerScores, compare, compare_all, prompt_sequences, random_sequences, trainer_scores
 
@@ -151,6 +152,11 @@ def test_sequences_of_different_lengths_are_scored_as_if_alone() -> None:
 )
 def test_prompts_are_taken_until_there_are_enough_tokens(lengths: list[int], taken: list[int]) -> None:
     assert [len(row) for row in prompt_sequences([7] * length for length in lengths)] == taken
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=70), max_size=40))
+def test_the_generator_has_room_for_every_probe(prompts: list[list[int]]) -> None:
+    assert len(prompt_sequences(prompts)) <= PROBE_ROOM
 
 
 def test_every_engine_must_agree_and_the_one_that_does_not_is_named() -> None:
