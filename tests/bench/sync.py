@@ -381,7 +381,8 @@ def report(bench: Bench, path: Path | None) -> None:
             f"| {1e3 * busy['paused_s']:.1f} ({1e3 * busy['paused_max_s']:.1f}) | {1e3 * busy['proof_beside_s']:.1f} | {faster} |"
         )
     fixed, per_gb = fit([(row["bytes"] / 1e9, row["idle"]["total_s"]) for row in bench.rows if row["staging"] is None])
-    print(f"idle: {1e3 * fixed:.1f} ms + {1e3 * per_gb:.1f} ms for each GB")
+    if not math.isnan(fixed):
+        print(f"idle: {1e3 * fixed:.1f} ms + {1e3 * per_gb:.1f} ms for each GB")
     if path is not None:
         figures = {
             "machine": machine,
