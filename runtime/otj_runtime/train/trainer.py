@@ -170,7 +170,8 @@ class OnlineTrainer(SavingTrainer):
 
     @abstractmethod
     def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor) -> torch.Tensor:
-        """Sum of the method's loss over the micro-batch, not yet divided by `normalizer`. `logprobs`: [B, C], with gradient."""
+        """Sum of the method's loss over the micro-batch, not yet divided by `normalizer`. `logprobs`: [B, C] float32, in nats, with
+        gradient."""
 
     # -- sampling ------------------------------------------------------------------------------------------------------------
 
