@@ -52,7 +52,8 @@ test-runs: setup
 
 nightly: setup  ## What takes too long for every change: many more examples and the slow cases with real servers
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -m 'not integration and not e2e'
-	$(BIN)/pytest -m 'nightly and not e2e' --durations=25
+	$(BIN)/pytest -m 'nightly and not e2e and not deepspeed' --durations=25
+	@$(MAKE) --no-print-directory test-deepspeed
 
 MODELS := build/models
 

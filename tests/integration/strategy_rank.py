@@ -42,7 +42,7 @@ def main() -> None:
     changes = json.loads(text)
     lora = changes.pop("lora", None)
     args = GRPOConfig(output_dir=output, **(BASE | changes))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         _let_a_cpu_count(args)
     trainer = GRPOTrainer(
         model,
@@ -60,10 +60,11 @@ def main() -> None:
 
 
 def _let_a_cpu_count(args: GRPOConfig) -> None:
-    """accelerate shards over accelerators only: told of CPUs it takes DDP, silently. torch shards over gloo as well, so let it be
-    told that these are accelerators; everything after that is what runs on GPUs."""
+    """accelerate shards over accelerators only: told of CPUs it takes DDP, silently. torch and DeepSpeed shard over gloo as well, so let it
+    be told that these are accelerators; everything after that is what runs on GPUs."""
     assert args.device.type == "cpu"  # asking makes the state that is changed here
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ["ACCELERATE_USE_CPU"] = "false"
 
 
 if __name__ == "__main__":

@@ -22,14 +22,25 @@ from otj_runtime.data.model import build_tiny
 from otj_runtime.launch import accelerate
 from otj_runtime.pod.config import resolve
 from otj_runtime.pod.metrics import read_metrics
+from tests.integration.conftest import VLLM_CACHE
 from tests.unit.api.specs import changed
 
 pytestmark = pytest.mark.integration
 
-DEADLINE = 240.0
+DEADLINE = 400.0
+
+DEEPSPEED = (pytest.mark.nightly, pytest.mark.deepspeed)
 
 LORA: dict[str, Any] = {"lora": {"rank": 4}, "beta": 0.1}
 """An adapter, whose reference is the policy without it."""
+
+WITH_VLLM: dict[str, Any] = {
+    "use_vllm": True,
+    "vllm_max_model_len": 32,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 16,
+}
+"""Completions from a server that rank 0 starts, whose weights come from both ranks' pieces."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,7 @@ def train(tiny: Path, output: Path, strategy: dict[str, Any], arguments: dict[st
         module="tests.integration.strategy_rank",
         arguments=[str(tiny), str(output), json.dumps(arguments)],
     )
-    environment = os.environ | accelerate.environment(keys, threads=1)
+    environment = os.environ | accelerate.environment(keys, threads=1) | {"VLLM_CACHE_ROOT": str(VLLM_CACHE)}
     subprocess.run(command, env=environment, timeout=DEADLINE, check=True)
 
 
@@ -65,8 +76,9 @@ def train(tiny: Path, output: Path, strategy: dict[str, Any], arguments: dict[st
         ({"strategy": "fsdp2"}, {}, "pytorch_model_fsdp_0"),
         pytest.param({"strategy": "fsdp2"}, {"gradient_checkpointing": True}, "pytorch_model_fsdp_0", marks=pytest.mark.nightly),
         pytest.param({"strategy": "ddp"}, LORA, "adapter_model.safetensors", marks=pytest.mark.nightly),
+        pytest.param({"strategy": "deepspeed-zero3"}, WITH_VLLM, "global_step2", marks=DEEPSPEED),
     ],
-    ids=["ddp bf16 checkpointing", "fsdp2", "fsdp2 checkpointing", "ddp lora"],
+    ids=["ddp bf16 checkpointing", "fsdp2", "fsdp2 checkpointing", "ddp lora", "zero3 vllm"],
 )
 def test_a_run_trains_saves_and_exports(
     tiny: Path, tmp_path: Path, strategy: dict[str, Any], arguments: dict[str, Any], checkpoint: str
@@ -83,11 +95,17 @@ def test_a_run_trains_saves_and_exports(
     assert "lora" in arguments or any(moved)
 
 
+@pytest.fixture(scope="module", params=["fsdp2", pytest.param("deepspeed-zero3", marks=DEEPSPEED)])
+def sharding(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A strategy that cuts the model into pieces."""
+    return {"strategy": request.param}
+
+
 @pytest.fixture(scope="module")
-def sharded_adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run of an adapter under FSDP2 left: one run for all tests that only look at it."""
+def sharded_adapter(tiny: Path, sharding: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of an adapter left: one run for all tests that only look at it."""
     output = tmp_path_factory.mktemp("adapter") / "output"
-    train(tiny, output, {"strategy": "fsdp2"}, LORA)
+    train(tiny, output, sharding, LORA)
     return output
 
 
@@ -107,11 +125,11 @@ def test_a_sharded_adapter_is_exported_whole_alone_and_merged(tiny: Path, sharde
 
 
 def test_a_sharded_adapter_goes_on_from_its_checkpoint_to_where_it_would_have_been(
-    tiny: Path, tmp_path: Path, sharded_adapter: Path
+    tiny: Path, tmp_path: Path, sharding: dict[str, Any], sharded_adapter: Path
 ) -> None:
     resumed = tmp_path / "resumed"
     shutil.copytree(sharded_adapter / "checkpoint-2", resumed / "checkpoint-2")
-    train(tiny, resumed, {"strategy": "fsdp2"}, LORA)
+    train(tiny, resumed, sharding, LORA)
     assert [line.step for line in read_metrics(resumed / "metrics.jsonl")[0]] == [3]
     assert_same(adapter_of(resumed), adapter_of(sharded_adapter), atol=0)
 

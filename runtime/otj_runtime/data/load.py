@@ -143,12 +143,18 @@ def held_out_prompts(spec: DatasetSpec, *, seed: int = 0) -> Sequence[Sample]:
     """The rows kept for measuring: the job's `evalSplit`, or those that a built-in task keeps; none otherwise.
 
     Raises:
-        DatasetInvalid: as `load_prompts`.
+        DatasetInvalid: as `load_prompts`, and if the dataset has no splits: then what is measured would be what is trained on.
     """
     if spec.task is not None:
         return Prompts(make_samples(spec.task, spec.args, seed=0).held_out, spec.columns)
     if spec.eval_split is None:
         return []
+    path = Path(spec.path) if spec.path is not None else None
+    if path is not None and (path.is_file() or (path / SAVED_DATASET).is_file()):
+        raise DatasetInvalid(
+            f"dataset.evalSplit: {path} is one split, and trained on; give a folder with a file for each, such as train.jsonl and "
+            f"{spec.eval_split}.jsonl"
+        )
     whole = spec.model_copy(update={"streaming": False})
     found = load_prompts(whole, seed=seed, split=spec.eval_split)
     assert isinstance(found, Prompts)

@@ -6,13 +6,14 @@ imports torch and loads a model first, which takes a minute on a busy machine.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 
-from otj_runtime.data.load import load_prompts
+from otj_runtime.data.load import held_out_prompts, load_prompts
 from otj_runtime.pod.commands import script_arguments
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import DatasetInvalid, ExitCode, InvalidSpec, RewardImportFailed, RunError, exit_code
@@ -30,9 +31,10 @@ async def check_inputs(config: PodConfig) -> None:
 
     Raises:
         RewardImportFailed: naming the function that cannot be loaded, or all of them after IMPORT_SECONDS.
-        InvalidSpec: if the script does not exist.
+        InvalidSpec: if the script does not exist, or the strategy needs a package that is not there.
         DatasetInvalid: if the task does not exist, or the file or folder cannot be used.
     """
+    check_strategy(config)
     if config.script:
         check_script(config)
         return
@@ -50,6 +52,15 @@ async def check_inputs(config: PodConfig) -> None:
         lines = errors.decode(errors="replace").strip().splitlines()
         message = lines[-1] if lines else f"importing the rewards ended the interpreter with status {child.returncode}"
         raise (DatasetInvalid if child.returncode == ExitCode.DATASET_INVALID else RewardImportFailed)(message)
+
+
+def check_strategy(config: PodConfig) -> None:
+    """Raise InvalidSpec if ZeRO-3 is asked for without DeepSpeed: `accelerate launch` would end on it, before any rank could leave a note."""
+    if config.accelerate.strategy == "deepspeed-zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise InvalidSpec(
+            "accelerate.strategy: deepspeed-zero3 needs the package deepspeed, which this image does not have: set spec.image to one with it, "
+            "or use fsdp2"
+        )
 
 
 def check_script(config: PodConfig) -> None:
@@ -88,6 +99,7 @@ def _check_dataset(config: PodConfig) -> None:
     if config.prompts.name is None:
         try:
             load_prompts(config.prompts, seed=0, limit=CHECKED_ROWS)
+            held_out_prompts(config.prompts)
         except RunError:
             raise
         except Exception as error:

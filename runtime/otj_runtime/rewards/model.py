@@ -65,13 +65,15 @@ class RewardModel:
         from accelerate import PartialState
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from otj_runtime.weights.composed import unpartitioned
+
         model, tokenizer = self._source, self._tokenizer
         try:
             if isinstance(model, str):
                 model = AutoModelForSequenceClassification.from_pretrained(model, dtype=self._dtype, num_labels=1, revision=self._revision)
             if tokenizer is None:
                 tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=self._revision)
-            model = model.to(self._device or PartialState().device)
+            model = unpartitioned(model).to(self._device or PartialState().device)
         except Exception as error:  # loaders and drivers raise what they like
             raise RewardImportFailed(
                 f"reward model {self.__name__} cannot be loaded: {type(error).__name__}: {str(error)[:600]}; it must be a "

@@ -27,13 +27,14 @@ class Recorder(LogitsProcessor):
         self._noted: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take in a step's logits, [rows, vocabulary], and the tokens before it, [rows, tokens]; pass the logits on as they are."""
+        """Take in a step's logits, [rows, vocabulary] of any floating point type, and the tokens before it, [rows, tokens] int64; pass the
+        logits on as they are."""
         self._note(input_ids[:, -1])
         self._last = torch.log_softmax(scores.float() / self._temperature, dim=-1)
         return scores
 
     def logprobs(self, last: torch.Tensor) -> torch.Tensor:
-        """[rows, new tokens] float32, in nats; `last`: [rows], the tokens of the last step."""
+        """[rows, new tokens] float32, in nats; `last`: [rows] int64, the tokens of the last step."""
         self._note(last)
         return torch.stack(self._noted, dim=1)
 

@@ -21,7 +21,7 @@ class Completion:
 
     Attributes:
         token_ids: the tokens, the end-of-sequence token included if there is one.
-        logprobs: log-probability of each token under the policy that sampled it, after temperature; same length.
+        logprobs: log-probability of each token under the policy that sampled it, after temperature, in nats; same length.
         finished: whether it ended by itself; False means that it hit the length limit.
         policy_version: the oldest weights behind its tokens.
         spans: which weights sampled which tokens, in order; empty if `policy_version` sampled all of them.

@@ -18,10 +18,10 @@ def group_advantages(rewards: torch.Tensor, *, scale: str, all_rewards: torch.Te
         rewards: [groups, completions of a group], float32; NaN for a completion that nothing could score.
         scale: whose standard deviation divides: `group` (GRPO), `batch` (every reward of the generation, arXiv:2508.08221),
             or `none` (Dr. GRPO, arXiv:2503.20783: dividing favours prompts that are nearly solved or nearly hopeless).
-        all_rewards: the rewards of every rank, any shape; needed to scale by the batch.
+        all_rewards: the rewards of every rank, any shape, float32, NaN as above; needed to scale by the batch.
 
     Returns:
-        Same shape. Exactly zero in a group whose rewards are equal, and where the reward is NaN.
+        Same shape, float32. Exactly zero in a group whose rewards are equal, and where the reward is NaN.
 
     Raises:
         ValueError: if `scale` is unknown, or `all_rewards` is missing.
@@ -40,7 +40,8 @@ def group_advantages(rewards: torch.Tensor, *, scale: str, all_rewards: torch.Te
 
 
 def equal_groups(rewards: torch.Tensor) -> torch.Tensor:
-    """[groups] bool: whether all rewards of a group are the same number (or fewer than two are numbers)."""
+    """[groups] bool: whether all rewards of a group are the same number (or fewer than two are numbers). `rewards`: [groups, completions of
+    a group] float32."""
     low = rewards.nan_to_num(nan=torch.inf).amin(dim=1)
     high = rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
     return low >= high

@@ -61,8 +61,8 @@ class MicroBatch:
         attention_mask: [B, P + C] int64, 1 on tokens.
         completion_mask: [B, C] float32, 1 on the tokens that the loss counts.
         sampler_logprobs: [B, C] float32, log-probabilities under the policy that sampled them, in nats; NaN where unknown.
-        advantages: [B] float32.
-        rewards: [B] float32.
+        advantages: [B] float32, in standard deviations of the rewards, or in their own unit if nothing divides them.
+        rewards: [B] float32, in the unit of the reward functions' weighted sum.
         normalizer: see `Selection`.
         old_logprobs: [B, C] float32, under the policy that the first optimizer step on this generation started from; None
             before the first visit.

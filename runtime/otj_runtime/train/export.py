@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations import deepspeed
+
 from otj_runtime.weights.composed import whole
 from otj_runtime.weights.tensors import policy_tensors, reshard
 
@@ -31,6 +33,17 @@ def saved_whole(accelerator: Any, *, whole: bool) -> Iterator[None]:
         plugin.set_state_dict_type(before)
 
 
+@contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Have transformers load a model on this rank alone: with ZeRO-3 it would cut it into pieces, together with ranks that do not come."""
+    running = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = running
+
+
 def save_merged(trainer: Any, folder: Path) -> None:
     """Write the base model with the adapter merged, in the type of its weights, as a transformers folder with tokenizer and card.
     Collective; the training weights stay as they are."""
@@ -43,7 +56,8 @@ def save_merged(trainer: Any, folder: Path) -> None:
             state[name] = merged.detach().to(device="cpu", dtype=base.dtype)
     if trainer.accelerator.is_main_process:
         # A model of its own: the training model's names are those of its adapted layers.
-        plain = type(base).from_pretrained(None, config=base.config, state_dict=state, dtype=base.dtype)
+        with _loaded_whole():
+            plain = type(base).from_pretrained(None, config=base.config, state_dict=state, dtype=base.dtype)
         plain.generation_config = base.generation_config
         plain.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

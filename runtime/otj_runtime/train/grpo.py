@@ -7,11 +7,11 @@ others of its prompt.
 What the relatives share and where they differ, by `loss_type` (sums run over an optimizer step; docs/algorithms.md has the formulas):
 
     grpo     clipped surrogate, mean over the tokens of each completion, mean over completions
-    gspo     the same with one ratio per completion
-    bnpo     clipped surrogate, mean over the tokens of this rank
-    dr_grpo  clipped surrogate, sum over tokens divided by completions x max_completion_length: no bias to a length
-    dapo     clipped surrogate, mean over the tokens of all ranks
-    cispo    likelihood weighted with the bounded ratio, mean over the tokens of all ranks
+    gspo     the same with one ratio per completion (arXiv:2507.18071)
+    bnpo     clipped surrogate, mean over the tokens of this rank (TRL's)
+    dr_grpo  clipped surrogate, sum over tokens divided by completions x max_completion_length: no bias to a length (arXiv:2503.20783)
+    dapo     clipped surrogate, mean over the tokens of all ranks (arXiv:2503.14476)
+    cispo    likelihood weighted with the bounded ratio, mean over the tokens of all ranks (MiniMax-M1, arXiv:2506.13585)
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class GRPOTrainer(OnlineTrainer):
         return max(tokens / steps, 1.0)
 
     def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor) -> torch.Tensor:
-        """The sum over the micro-batch of what `loss_type` averages."""
+        """The sum over the micro-batch of what `loss_type` averages. `logprobs`: [B, C] float32, in nats, with gradient."""
         config, mask, old = self.config, batch.completion_mask, batch.old_logprobs
         assert old is not None, "the trainer notes the old policy before it asks for a loss"
         ratio = importance_ratio(logprobs, old, mask=mask, level=config.importance_sampling_level)

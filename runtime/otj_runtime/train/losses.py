@@ -21,13 +21,13 @@ def importance_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, *, mask
     """r = new/old: of each token (PPO, arXiv:1707.06347), or the geometric mean over a completion (GSPO, arXiv:2507.18071).
 
     Args:
-        logprobs: [B, C] under the policy being trained; carries the gradient.
-        old_logprobs: [B, C].
-        mask: [B, C], 1 on tokens that count.
+        logprobs: [B, C] float32, in nats, under the policy being trained; carries the gradient.
+        old_logprobs: [B, C] float32, in nats.
+        mask: [B, C] float32, 1 on tokens that count.
         level: token or sequence.
 
     Returns:
-        [B, C] for tokens, [B, 1] for sequences.
+        [B, C] for tokens, [B, 1] for sequences; float32.
 
     Raises:
         ValueError: if `level` is unknown.
@@ -45,7 +45,7 @@ class Surrogate:
     """The loss of each token, and where clipping decided it: [B, C], or [B, 1] if the ratio belongs to the sequence.
 
     Attributes:
-        loss: to be averaged; carries the gradient.
+        loss: float32, in units of the advantage, to be averaged; carries the gradient.
         low: bool, a worse-than-average completion has already become unlikely enough.
         high: bool, a better-than-average completion has already become likely enough.
     """
@@ -61,8 +61,8 @@ def clipped_surrogate(
     """-min(r A, clip(r, 1 - e, 1 + e') A): PPO's surrogate (arXiv:1707.06347, eq. 7) with DAPO's separate upper bound (2503.14476).
 
     Args:
-        ratio: [B, C] or [B, 1].
-        advantages: [B].
+        ratio: [B, C] or [B, 1] float32, new/old.
+        advantages: [B] float32.
         epsilon_low: how far below 1 the ratio may fall.
         epsilon_high: how far above 1 it may rise.
         delta: largest ratio with which a worse-than-average token counts (two-sided clipping, arXiv:2505.07291).
@@ -77,9 +77,9 @@ def weighted_likelihood(ratio: torch.Tensor, advantages: torch.Tensor, logprobs:
     """-stop_gradient(min(r, largest)) A log p: CISPO (arXiv:2506.13585). No token loses its gradient; its weight is bounded.
 
     Args:
-        ratio: [B, C] or [B, 1].
-        advantages: [B].
-        logprobs: [B, C] under the policy being trained.
+        ratio: [B, C] or [B, 1] float32, new/old.
+        advantages: [B] float32.
+        logprobs: [B, C] float32, in nats, under the policy being trained.
         largest: upper bound of the ratio itself, not of its distance from 1.
     """
     advantage = advantages[:, None]
@@ -103,14 +103,14 @@ def sampler_weight(
     `*_mask` sets them to zero. `token_*` weighs each token by itself, `sequence_*` a completion by the product of its tokens.
 
     Args:
-        old_logprobs: [B, C].
-        sampler_logprobs: [B, C]; where it is NaN, the token counts as if both agreed.
-        mask: [B, C], 1 on tokens that count.
+        old_logprobs: [B, C] float32, in nats.
+        sampler_logprobs: [B, C] float32, in nats; where it is NaN, the token counts as if both agreed.
+        mask: [B, C] float32, 1 on tokens that count.
         mode: token_truncate, token_mask, sequence_truncate or sequence_mask.
         smallest, largest: the bounds; None for none.
 
     Returns:
-        [B, C] for tokens, [B, 1] for sequences.
+        [B, C] for tokens, [B, 1] for sequences; float32.
 
     Raises:
         ValueError: if `mode` is unknown.
@@ -134,12 +134,12 @@ def divergence(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, *, rati
     """KL(new || reference) of each token, by the estimator that is never negative: q/p - log(q/p) - 1 (GRPO, arXiv:2402.03300, eq. 4).
 
     Args:
-        logprobs: [B, C] under the policy being trained.
-        reference_logprobs: [B, C].
-        ratio: [B, C] or [B, 1]; multiplied on, so that the gradient is that of the reverse KL (arXiv:2512.02556).
+        logprobs: [B, C] float32, in nats, under the policy being trained.
+        reference_logprobs: [B, C] float32, in nats.
+        ratio: [B, C] or [B, 1] float32, new/old; multiplied on, so that the gradient is that of the reverse KL (arXiv:2512.02556).
 
     Returns:
-        [B, C].
+        [B, C] float32, in nats.
     """
     difference = reference_logprobs - logprobs
     estimate = difference.exp() - difference - 1
@@ -147,22 +147,22 @@ def divergence(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, *, rati
 
 
 def sum_tokens(loss: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The sum over all tokens that count. `loss`: [B, C] or [B, 1]; `mask`: [B, C]."""
+    """The sum over all tokens that count. `loss`: [B, C] or [B, 1] float32; `mask`: [B, C] float32, 1 on these."""
     return (loss * mask).sum()
 
 
 def sum_sequence_means(loss: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The sum over rows of each row's mean over its tokens that count. `loss`: [B, C] or [B, 1]; `mask`: [B, C]."""
+    """The sum over rows of each row's mean over its tokens that count. `loss`: [B, C] or [B, 1] float32; `mask`: [B, C] float32, 1 on these."""
     return ((loss * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum()
 
 
 @dataclass(frozen=True, slots=True)
 class PairLoss:
-    """What preference training makes of pairs, all [pairs].
+    """What preference training makes of pairs, all [pairs] float32.
 
     Attributes:
         loss: carries the gradient.
-        chosen: implied reward of the chosen completion, beta (log p - log q); without gradient, as the next.
+        chosen: implied reward of the chosen completion, beta (log p - log q) (arXiv:2305.18290, section 4); without gradient, as the next.
         rejected: that of the rejected one.
     """
 
@@ -180,9 +180,9 @@ def preference_loss(logprobs: torch.Tensor, *, reference_logprobs: torch.Tensor,
     """The preference loss of (online) DPO (arXiv:2305.18290, eq. 7) or IPO (arXiv:2310.12036, eq. 17).
 
     Args:
-        logprobs: [2 pairs, C]; even rows are chosen, the odd row after each is its rejected partner.
-        reference_logprobs: [2 pairs, C] under the reference model.
-        mask: [2 pairs, C].
+        logprobs: [2 pairs, C] float32, in nats, under the policy being trained; even rows are chosen, the odd row after each is its rejected partner.
+        reference_logprobs: [2 pairs, C] float32, in nats, under the reference model.
+        mask: [2 pairs, C] float32, 1 on tokens that count.
         beta: strength; for `ipo` the regularisation.
         kind: sigmoid or ipo.
 

@@ -19,7 +19,7 @@ SMALLEST = ("/min", "/low_min", "/min_length", "/min_terminated_length", "idle/g
 """Endings of names whose smallest value counts."""
 
 Number = float | torch.Tensor
-"""Tensors stay on their device until the log line, so that measuring does not wait for the device."""
+"""Tensors, of shape [], stay on their device until the log line, so that measuring does not wait for the device."""
 
 
 class Meters:

@@ -16,9 +16,9 @@ def mismatch(old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: t
     """Metrics by name, scalars on the tensors' device; means are over tokens.
 
     Args:
-        old_logprobs: [B, C] float32, under the policy as the trainer scores it.
-        sampler_logprobs: [B, C] float32, as the sampler did; NaN where it said nothing, which counts as agreement.
-        mask: [B, C], 1 on tokens that count.
+        old_logprobs: [B, C] float32, in nats, under the policy as the trainer scores it.
+        sampler_logprobs: [B, C] float32, in nats, as the sampler did; NaN where it said nothing, which counts as agreement.
+        mask: [B, C] float32, 1 on tokens that count.
     """
     tokens = mask.sum().clamp(min=1)
     difference = ((old_logprobs - sampler_logprobs) * mask).nan_to_num(nan=0.0)

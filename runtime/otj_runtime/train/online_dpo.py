@@ -105,7 +105,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         )
 
     def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor) -> torch.Tensor:
-        """The sum over pairs of `preference_loss`."""
+        """The sum over pairs of `preference_loss`. `logprobs`: [2 pairs, C] float32, in nats, with gradient."""
         mask, reference, beta = batch.completion_mask, batch.reference_logprobs, self.beta
         assert reference is not None, "the trainer scores the reference before it asks for a loss"
         pairs = preference_loss(logprobs, reference_logprobs=reference, mask=mask, beta=beta, kind=self.config.loss_type)

@@ -13,17 +13,18 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from otj_runtime.train.config import GRPOConfig
-from otj_runtime.weights.composed import available, whole
+from otj_runtime.weights.composed import available, unpartitioned, whole
 
 
 def frozen(model: Any, *, device: torch.device) -> Any:
-    """`model` as a reference on `device`."""
-    return model.to(device).eval().requires_grad_(False)
+    """`model` as a reference on `device`, whole on every rank. Collective if ZeRO-3 has cut it."""
+    return unpartitioned(model).to(device).eval().requires_grad_(False)
 
 
 def frozen_copy(model: Any, *, device: torch.device) -> Any:
-    """A reference that is `model` as it is now."""
-    return frozen(copy.deepcopy(model), device=device)
+    """A reference that is `model` as it is now. Collective as `frozen`."""
+    plain = unpartitioned(model)
+    return frozen(copy.deepcopy(model) if plain is model else plain, device=device)
 
 
 @torch.no_grad()

@@ -151,11 +151,11 @@ class SavingTrainer(Trainer):
         return f"rank-{self.accelerator.process_index}.pt"
 
     # transformers restores the random state after it has asked for the first batch; here, asking is sampling. So it is restored before
-    # that, once.
+    # that, once. Which checkpoint it is, is heard where every strategy passes: the model of a DeepSpeed run is loaded elsewhere.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._resumed_from = resume_from_checkpoint
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed_from = checkpoint
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._restored:

@@ -1,13 +1,16 @@
 """OnlineTrainer: the loop that both methods share, as a `transformers.Trainer` whose batches are sampled from the policy itself.
 
-One optimizer step, on every rank at once:
+One optimizer step, on every rank at once, and where to read each part:
 
-    prompts (PromptOrder)
-      -> sampler.next(step)               weights into the generator, completions and rewards back: see `sampling`
-      -> select(groups)                   what to train on: the subclass knows (advantages, pairs)
-      -> micro-batches                    dealt out evenly, padded
-      -> compute_loss per micro-batch     forward, the subclass's loss, backward
-      -> optimizer step, log, checkpoint  transformers
+    prompts                             `prompts`: the rows that this rank samples
+      -> weights into the generator     `sampling`: the policy as the last step left it; `weights.sync`: written, installed, proven
+      -> completions                    `rollout.pipeline`: asked for now or a generation ago; `rollout.vllm_engine`
+      -> rewards                        `rollout.collect`, `rewards.scoring`
+      -> advantages, or pairs           `select` of `grpo` and `online_dpo`: what to train on
+      -> micro-batches                  `batch`: dealt out evenly, padded
+      -> log-probabilities -> loss      `compute_loss` below: `logprobs`, then `policy_loss` of the method, made of `losses`; backward
+      -> optimizer step, log            transformers; `report`
+      -> checkpoint                     `saving`
 
 The hook is `get_batch_samples`: transformers asks it for the micro-batches of an optimizer step, and gets freshly sampled ones.
 `policy version` is the number of optimizer steps behind the weights: `state.global_step`.
@@ -170,7 +173,8 @@ class OnlineTrainer(SavingTrainer):
 
     @abstractmethod
     def policy_loss(self, batch: MicroBatch, logprobs: torch.Tensor) -> torch.Tensor:
-        """Sum of the method's loss over the micro-batch, not yet divided by `normalizer`. `logprobs`: [B, C], with gradient."""
+        """Sum of the method's loss over the micro-batch, not yet divided by `normalizer`. `logprobs`: [B, C] float32, in nats, with
+        gradient."""
 
     # -- sampling ------------------------------------------------------------------------------------------------------------
 

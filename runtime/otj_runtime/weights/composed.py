@@ -9,6 +9,7 @@ may themselves be cut (FSDP2, ZeRO-3), and are gathered first.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -59,10 +60,25 @@ def gathered(parameter: Any) -> Composed:
         from deepspeed import zero
 
         with zero.GatheredParameters([parameter]):
-            copy: torch.Tensor = parameter.data.clone()
-        return copy
+            taken: torch.Tensor = parameter.data.clone()
+        return taken
 
     return Composed(shape=tuple(parameter.ds_shape), collective=True, make=make)
+
+
+def unpartitioned(model: Any) -> Any:
+    """`model`; a whole copy of it, if ZeRO-3 has cut it. Collective.
+
+    transformers cuts every model that it loads in a run with ZeRO-3, but only the one that learns gets an engine which puts the pieces
+    together for a forward pass.
+    """
+    cut = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    if not cut:
+        return model
+    from deepspeed import zero
+
+    with zero.GatheredParameters(cut):
+        return copy.deepcopy(model)  # torch copies a parameter's data alone, so the copy knows nothing of pieces
 
 
 def available(tensor: torch.Tensor) -> PolicyTensor:

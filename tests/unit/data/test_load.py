@@ -83,6 +83,14 @@ def test_the_eval_split_is_held_out(tmp_path: Path) -> None:
     assert held_out_prompts(DatasetSpec(path=str(tmp_path / "data"), eval_split="test"))[:] == ROWS[:1]
 
 
+def test_rows_that_are_trained_on_are_not_taken_for_an_eval_split(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for path in (file, tmp_path / "saved"):
+        with pytest.raises(DatasetInvalid, match=f"evalSplit: {path} is one split.*test.jsonl"):
+            held_out_prompts(DatasetSpec(path=str(path), eval_split="test"))
+
+
 def test_of_a_large_jsonl_file_the_first_rows_can_be_checked_alone(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\nbroken\n')

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from otj_runtime.api.inputs import DatasetSpec, RewardSpec
 from otj_runtime.data.load import load_prompts
 from otj_runtime.launch.preflight import check_inputs
 from otj_runtime.pod.config import PodConfig, resolve
-from otj_runtime.pod.errors import DatasetInvalid, RewardImportFailed
+from otj_runtime.pod.errors import DatasetInvalid, InvalidSpec, RewardImportFailed
 from otj_runtime.pod.manifest import build_job
 from otj_runtime.rewards import load_rewards
 from tests.unit.launch.test_accelerate import config_of
@@ -51,6 +54,24 @@ async def test_a_dataset_file_that_cannot_be_used_is_named(tmp_path: Path, text:
         file.write_text(text)
     with pytest.raises(DatasetInvalid, match=message):
         await check_inputs(config_with("otj_runtime.rewards.exact_match", dataset=DatasetSpec(path=str(file))))
+
+
+async def test_an_eval_split_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
+    data = DatasetSpec(path=str(tmp_path / "train.jsonl"), eval_split="test")
+    with pytest.raises(DatasetInvalid, match=r"evalSplit: .* is one split"):
+        await check_inputs(config_with("otj_runtime.rewards.exact_match", dataset=data))
+
+
+async def test_a_strategy_whose_package_is_not_in_the_image_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(device="cuda", strategy="deepspeed-zero3")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(InvalidSpec, match=r"deepspeed-zero3 needs the package deepspeed.*spec.image"):
+        await check_inputs(config)
+    found = ModuleType("deepspeed")
+    found.__spec__ = ModuleSpec("deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", found)
+    await check_inputs(config)
 
 
 async def test_a_reward_module_that_ends_the_interpreter_harms_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from otj_runtime.weights.composed import whole
+from otj_runtime.weights.composed import unpartitioned, whole
 from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.layout import Layout
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, shares
@@ -60,31 +60,53 @@ def test_persistent_floating_buffers_come_along_and_no_others() -> None:
     assert list(policy_tensors(model)) == ["weight", "bias_of_router"]
 
 
-def test_a_parameter_that_zero3_has_cut_is_gathered_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(2, 3)
-    kept = model.weight.data.clone()
-    for number, parameter in enumerate(model.parameters()):
-        parameter.ds_id, parameter.ds_shape = number, parameter.shape  # type: ignore[attr-defined]
-        parameter.data = torch.empty(0)
+@pytest.fixture
+def zero3(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """DeepSpeed's way to gather parameters that `cut` has cut; the list notes how many at a time."""
     gathering: list[int] = []
 
     @contextmanager
     def gathered_parameters(parameters: list[Any]) -> Iterator[None]:
-        [parameter] = parameters  # one at a time: the whole model would not fit
-        gathering.append(parameter.ds_id)
-        parameter.data = kept if parameter.ds_id == 0 else torch.zeros(3)
+        gathering.append(len(parameters))
+        for parameter in parameters:
+            parameter.data = parameter.ds_kept
         yield
-        parameter.data = torch.empty(0)
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
 
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered_parameters)))
+    return gathering
+
+
+def cut(model: torch.nn.Module) -> None:
+    """Leave of each parameter what ZeRO-3 leaves of it."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape, parameter.ds_kept = number, parameter.shape, parameter.data.clone()  # type: ignore[attr-defined]
+        parameter.data = torch.empty(0)
+
+
+def test_a_parameter_that_zero3_has_cut_is_gathered_when_it_is_written(zero3: list[int]) -> None:
+    model = torch.nn.Linear(2, 3)
+    kept = model.weight.data.clone()
+    cut(model)
     tensors = policy_tensors(model)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"weight": (3, 2), "bias": (3,)}
     assert is_sharded(tensors.values())
-    assert gathering == []
-    copy = whole(tensors["weight"])
-    assert torch.equal(copy, kept)
-    assert copy.data_ptr() != kept.data_ptr()
-    assert gathering == [0]
+    assert zero3 == []
+    written = whole(tensors["weight"])
+    assert torch.equal(written, kept)
+    assert written.data_ptr() != model.weight.ds_kept.data_ptr()  # type: ignore[union-attr]
+    assert zero3 == [1], "the whole model would not fit"
+
+
+def test_a_model_that_zero3_has_cut_is_made_whole_in_a_plain_copy(zero3: list[int]) -> None:
+    model = torch.nn.Linear(2, 3)
+    assert unpartitioned(model) is model
+    cut(model)
+    plain = unpartitioned(model)
+    assert not any(hasattr(parameter, "ds_id") for parameter in plain.parameters())
+    assert torch.equal(plain.weight, model.weight.ds_kept)  # type: ignore[arg-type]
+    assert model.weight.numel() == 0, "the model that learns stays cut"
 
 
 @pytest.fixture
