@@ -81,7 +81,7 @@ PANELS = (
         high=1,
     ),
     Panel("Weight sync", "Seconds from the first byte to the proof.", {"sync/total_s": "seconds"}, low=0),
-    Panel("Time of a step", "Seconds.", {"step_time": "step", "time/generate": "generation"}, low=0),
+    Panel("Time of a step", "Seconds.", {"step_time": "step", "time/generate": "generation", "time/train": "learning"}, low=0),
     Panel("Gradient norm", "", {"grad_norm": "norm"}, low=0),
 )
 

@@ -49,6 +49,7 @@ from otj_runtime.train.report import Reporter
 from otj_runtime.train.sampling import Sampler
 from otj_runtime.train.saving import SavingTrainer
 from otj_runtime.train.signals import StopRequested
+from otj_runtime.train.throughput import step_clock
 
 
 class OnlineTrainer(SavingTrainer):
@@ -155,6 +156,7 @@ class OnlineTrainer(SavingTrainer):
             build=self._build_batches,
         )
         self._step_began: float | None = None
+        self._clock = step_clock(policy, self.accelerator.device)
 
     def make_reference(self) -> Any | None:
         """The base model, frozen, that the loss compares with; None if it needs none, or a PEFT model without its adapter is it."""
@@ -212,10 +214,12 @@ class OnlineTrainer(SavingTrainer):
             self._step_began = time.monotonic()
         counted = sum(1 for _ in zip(range(num_batches), epoch_iterator, strict=False))
         try:
-            return [self.sampler.next(step=self.state.global_step, max_steps=self.state.max_steps) for _ in range(counted)], None
+            batches = [self.sampler.next(step=self.state.global_step, max_steps=self.state.max_steps) for _ in range(counted)]
         except StopRequested:
             self.stop.stop(self.control)
-            return [], None
+            batches = []
+        self._clock.batches_ready()
+        return batches, None
 
     def _build_batches(self, groups: list[Group]) -> list[MicroBatch]:
         selection = self.select(groups)
@@ -244,6 +248,7 @@ class OnlineTrainer(SavingTrainer):
         if self.needs_reference and inputs.reference_logprobs is None:
             inputs.reference_logprobs = self._reference_logprobs(model, inputs)
         scores = self._scorer(model, inputs)
+        self._clock.count(inputs.attention_mask)
         if inputs.old_logprobs is None:
             inputs.old_logprobs = scores.logprobs.detach()
         self._measure(inputs, scores)
@@ -325,11 +330,17 @@ class OnlineTrainer(SavingTrainer):
             now = time.monotonic()
             self.meters.add({"step_time": (now - self._step_began) / max(1.0, self.config.logging_steps)})
             self._step_began = now
+            self.meters.add(self._clock.read())
             self.meters.add(device_memory(self.accelerator.device))
             logs = logs | self.meters.take(self.accelerator)
             if self.completions is not None:
                 self.completions.write(self.state.global_step, first=self.is_world_process_zero())
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        began = time.monotonic()
+        super()._save_checkpoint(*args, **kwargs)
+        self.meters.add({"time/ckpt": time.monotonic() - began})
 
     def rank_state(self) -> dict[str, Any]:
         """See `SavingTrainer`."""

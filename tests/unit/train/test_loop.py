@@ -64,6 +64,14 @@ def test_the_policy_learns_to_copy(tiny_folder: Path, tmp_path: Path, kind: type
     assert sum(rewards[-5:]) / 5 > last
 
 
+def test_the_seconds_of_learning_and_of_checkpoints_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+    trainer_for(tiny_folder, tmp_path, max_steps=3, save_steps=2).train()
+    first, second, third = (line.metrics for line in steps_of(tmp_path))
+    for metrics in (first, second, third):
+        assert 0.0 < metrics["time/train"] < metrics["step_time"]
+    assert ("time/ckpt" in first, "time/ckpt" in second, "time/ckpt" in third) == (False, False, True)
+
+
 def test_micro_batches_do_not_change_what_is_learned(tiny_folder: Path, tmp_path: Path) -> None:
     whole = trainer_for(tiny_folder, tmp_path / "whole", max_steps=3)
     whole.train()
