@@ -8,7 +8,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BIN := .venv/bin
 EXPORT = $(UV) export --quiet --format requirements-txt --no-hashes --no-emit-workspace --no-annotate --no-header
 
-.PHONY: help setup demo lint format test test-contract test-runs nightly requirements generate
+.PHONY: help setup demo lint format test test-contract test-runs test-scripts nightly requirements generate
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -40,15 +40,20 @@ format: setup  ## Rewrite the code in the house style
 
 test: setup  ## Every test that needs no cluster: fast ones first, then those with real servers
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not integration and not e2e and not nightly'
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-contract test-runs
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-contract test-runs test-scripts
 
-# Side by side: the first mostly waits for its API server, the second for processors. Each in one process, because its tests share servers,
-# and the last of the contract read in the API server's log what all of them did.
+# Two of the three at a time: the first mostly waits for its API server, the others for processors, and the last begins when one of them ends.
+# Each in one process, because its tests share servers, and the last of the contract read in the API server's log what all of them did.
 test-contract: setup
 	$(BIN)/pytest tests/contract -m 'integration and not nightly' --durations=15
 
 test-runs: setup
-	$(BIN)/pytest tests/integration -m 'integration and not nightly' --durations=25
+	$(BIN)/pytest tests/integration -m 'integration and not nightly' $(SCRIPTS:%=--ignore=%) --durations=25
+
+SCRIPTS := tests/integration/test_examples.py tests/integration/test_trl_script.py
+
+test-scripts: setup
+	$(BIN)/pytest $(SCRIPTS) -m 'integration and not nightly' --durations=5
 
 nightly: setup  ## What takes too long for every change: many more examples and the slow cases with real servers
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -m 'not integration and not e2e'
