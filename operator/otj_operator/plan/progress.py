@@ -16,6 +16,8 @@ class _LastWords(ToldModel):
 
 def last_words(pod: PodView) -> Progress | None:
     """The progress that a launcher left when it ended: what was made and saved since the last pull stands nowhere else."""
+    if pod.trainer.state != "terminated":
+        return None
     try:
         return _LastWords.model_validate_json(pod.trainer.message).progress
     except ValidationError:

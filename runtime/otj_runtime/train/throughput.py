@@ -54,7 +54,8 @@ class StepClock:
 
     def count(self, attention_mask: torch.Tensor) -> None:
         """A micro-batch is learnt from. `attention_mask`: [B, P + C] int64, 1 on tokens; it stays on its device."""
-        self._tokens.append(attention_mask.sum())
+        if self._peak is not None:
+            self._tokens.append(attention_mask.sum())
 
     def read(self) -> dict[str, float]:
         """Seconds since the batches were there, and the share of the device's arithmetic that the model's own operations are: `time/train`
@@ -62,8 +63,10 @@ class StepClock:
         if self._ready is None:
             return {}
         seconds = time.monotonic() - self._ready
+        if self._peak is None:
+            return {"time/train": seconds}
         flops = self._flops_per_token * sum(int(tokens) for tokens in self._tokens)
-        return {"time/train": seconds, **({"mfu": flops / seconds / self._peak} if self._peak is not None else {})}
+        return {"time/train": seconds, "mfu": flops / seconds / self._peak}
 
 
 def step_clock(model: Any, device: torch.device) -> StepClock:
