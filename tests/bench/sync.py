@@ -324,13 +324,13 @@ def load(url: str) -> None:
 
 
 def post(url: str, route: str, body: dict[str, Any] | None = None) -> None:
-    """One request that must succeed; what a refusal says is the end of the process."""
+    """One request that must succeed; the error of one that does not holds what vLLM says."""
     request = urllib.request.Request(url + route, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=600) as response:
             response.read()
     except urllib.error.HTTPError as error:
-        sys.exit(f"{route}: {error}: {error.read().decode(errors='replace')[:1000]}")
+        raise RuntimeError(f"{route}: {error}: {error.read().decode(errors='replace')[:1000]}") from error
 
 
 def machine_name(bench: Bench) -> str:
