@@ -25,6 +25,8 @@ class Pause:
     before: list[int]
     """Steps in the first trainer's log, in its order."""
     suspended: Object
+    pods_left: list[Object]
+    """Pods that were there at that moment: the object of one that has ended goes a little later."""
     checkpoint: int
     """What the status gave as the newest checkpoint while the second pod ran."""
     after: list[int]
@@ -46,7 +48,7 @@ def pause(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pause:
 
     _suspend(cluster, True)
     cluster.wait_for(JOB, "Suspended", reason="JobSuspended", seconds=SUSPEND_SECONDS)
-    suspended = cluster.get("otj", JOB)
+    suspended, pods_left = cluster.get("otj", JOB), cluster.pods(JOB)
     follower.wait(timeout=30)
     eventually("no pod is left", lambda: not cluster.pods(JOB), seconds=30)
 
@@ -55,20 +57,19 @@ def pause(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pause:
     checkpoint = eventually("the checkpoint is told", lambda: _progress(cluster).get("checkpointStep"), seconds=60)
     cluster.wait_for(JOB, "Succeeded", seconds=TRAIN_SECONDS)
     second_log = cluster.kubectl("logs", _pod(cluster), "-c", "trainer")
-    return Pause(_steps(first_log.read_text()), suspended, int(checkpoint), _steps(second_log), cluster.get("otj", JOB))
+    return Pause(_steps(first_log.read_text()), suspended, pods_left, int(checkpoint), _steps(second_log), cluster.get("otj", JOB))
 
 
-def test_while_it_is_suspended_it_says_so(pause: Pause) -> None:
+def test_while_it_is_suspended_no_pod_holds_its_gpus_and_it_says_so(pause: Pause) -> None:
+    assert [pod["status"]["phase"] for pod in pause.pods_left if pod["status"]["phase"] not in ("Succeeded", "Failed")] == []
     assert pause.suspended["status"]["state"] == "Suspended"
-    conditions = {condition["type"]: condition for condition in pause.suspended["status"]["conditions"]}
-    assert (conditions["Running"]["status"], conditions["Running"]["reason"]) == ("False", "JobSuspended")
+    assert _condition(pause.suspended, "Running") == ("False", "JobSuspended")
 
 
 def test_while_it_is_suspended_its_status_holds_the_last_step_and_its_checkpoint(pause: Pause) -> None:
     progress = pause.suspended["status"]["progress"]
     assert (progress["step"], progress["checkpointStep"]) == (pause.before[-1], pause.before[-1])
-    conditions = {condition["type"]: condition for condition in pause.suspended["status"]["conditions"]}
-    assert (conditions["CheckpointFresh"]["status"], conditions["CheckpointFresh"]["reason"]) == ("True", "CheckpointSaved")
+    assert _condition(pause.suspended, "CheckpointFresh") == ("True", "CheckpointSaved")
 
 
 def test_the_checkpoint_of_the_pause_is_of_the_last_step_that_was_made(pause: Pause) -> None:
@@ -99,6 +100,11 @@ def _suspend(cluster: Cluster, suspend: bool) -> None:
 def _progress(cluster: Cluster) -> Object:
     found: Object = cluster.get("otj", JOB).get("status", {}).get("progress", {})
     return found
+
+
+def _condition(job: Object, kind: str) -> tuple[str, str]:
+    [found] = [condition for condition in job["status"]["conditions"] if condition["type"] == kind]
+    return found["status"], found["reason"]
 
 
 def _pod(cluster: Cluster) -> str:

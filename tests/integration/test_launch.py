@@ -223,6 +223,7 @@ def test_sigterm_lets_the_ranks_save_and_is_told_as_such(pod: Pod) -> None:
         run.process.send_signal(signal.SIGTERM)
         assert run.end() is ExitCode.TERMINATED
         assert run.note().message == "stopped at step 4 of 100; a checkpoint was saved"
+    assert (pod.output / "checkpoint-4").exists()
 
 
 def test_what_was_saved_on_the_way_out_is_in_the_last_words(pod: Pod) -> None:

@@ -27,7 +27,7 @@ from tests.unit.api.specs import changed
 
 pytestmark = pytest.mark.integration
 
-DEADLINE = 400.0
+DEADLINE = 240.0
 
 DEEPSPEED = (pytest.mark.nightly, pytest.mark.deepspeed)
 
