@@ -36,8 +36,7 @@ def saved_whole(accelerator: Any, *, whole: bool) -> Iterator[None]:
 @contextmanager
 def _loaded_whole() -> Iterator[None]:
     """Have transformers load a model on this rank alone: with ZeRO-3 it would cut it into pieces, together with ranks that do not come."""
-    running = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    running, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
     try:
         yield
     finally:
