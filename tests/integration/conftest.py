@@ -21,7 +21,7 @@ from otj_runtime.pod.commands import generator_command, generator_environment
 from otj_runtime.pod.config import Layout, PodConfig, resolve
 from otj_runtime.weights.control import GeneratorControl
 from tests.cluster.host import REPOSITORY
-from tests.integration.models import make_tiny_model
+from tests.integration.models import make_tiny_mixture, make_tiny_model
 
 START_SECONDS = 240.0
 
@@ -118,6 +118,12 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose output layer is its embedding."""
     return make_tiny_model(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def mixture_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts."""
+    return make_tiny_mixture(tmp_path_factory.mktemp("mixture"))
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,19 @@ def test_every_family_of_parameters_arrives(server: Generator) -> None:
     model = _load(server.model)
     sync = _sync(server, model)
     sync.push(10)
-    families = [*FAMILIES, *(["lm_head"] if not model.config.tie_word_embeddings else [])]
+    _families_arrive(server, sync, model, [*FAMILIES, *(["lm_head"] if not model.config.tie_word_embeddings else [])])
+
+
+# transformers keeps the experts of a layer in two tensors, checkpoints keep two for each expert. vLLM's loader knows both.
+def test_experts_and_their_router_arrive(generator: Callable[..., Generator], mixture_model: Path) -> None:
+    server, model = generator(mixture_model), _load(mixture_model)
+    sync = _sync(server, model)
+    sync.push(10)
+    assert _proven(sync, 10) <= EXACT_BOUND
+    _families_arrive(server, sync, model, ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.", "o_proj"])
+
+
+def _families_arrive(server: Generator, sync: WeightSync, model: Any, families: list[str]) -> None:
     for version, family in enumerate(families, start=11):
         before = _scores(server)
         assert _perturb(model, family) > 0

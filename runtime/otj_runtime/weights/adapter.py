@@ -143,7 +143,7 @@ class AdapterSync:
 
     def _score(self) -> TrainerScores:
         """The trainer's half of the probe. How much 16 bits change it is measured at the first push only."""
-        scores = trainer_scores(self._model, self._sequences, self._dtype, rounding=self._rounding)
+        scores = trainer_scores(self._model, self._sequences, self._dtype, rounding=self._rounding, adapter_apart=True)
         self._rounding = scores.rounding
         return scores
 

@@ -31,6 +31,7 @@ import vllm
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -278,6 +279,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         self._require_all(loaded, ticket, wanted)
         if self.device.type == "cpu":
             repack_tied_heads(self.model)
+            repack_experts(self.model)
         else:
             torch.cuda.synchronize(self.device)
 
@@ -302,3 +304,15 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and module.weight.data_ptr() in embeddings:
             module.quant_method.process_weights_after_loading(module)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Pack the weights of experts again, for vLLM's CPU kernels.
+
+    vLLM packs them when it makes the kernel. A reload finds the kernel made and leaves the weights as they are loaded, in memory of the same
+    size, so the kernel would read them in an order that they do not have.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel is not None:
+            method.moe_kernel.fused_experts.process_weights_after_loading(module)

@@ -6,13 +6,14 @@ import copy
 import math
 import statistics
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from otj_runtime.api import DType
 from otj_runtime.pod.commands import PROBE_ROOM
@@ -21,15 +22,29 @@ from otj_runtime.weights.probe import TrainerScores, compare, compare_all, promp
 
 SEQUENCES = [[3, 1, 4], [1, 5, 9]]
 TRAINER = TrainerScores(logprobs=[[-1.0, -2.0], [-3.0, -4.0]], rounding=0.01)
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
 FLOAT32, ROUNDED = {DType.FLOAT32}, {DType.FLOAT32, DType.BFLOAT16}
 
 
 def _model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8
-    )
-    return Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+
+
+def _kept_in(model: Any, dtype: torch.dtype) -> Any:
+    """A copy with parameters in this dtype. Not the buffers: rotary frequencies stay in float32 everywhere."""
+    result = copy.deepcopy(model)
+    for parameter in result.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return result
 
 
 def _shifted(by: float) -> list[list[float]]:
@@ -109,27 +124,76 @@ def test_sixteen_bits_may_differ_by_three_times_what_rounding_changes_in_the_tra
 
 
 def test_the_trainer_measures_what_rounding_changes() -> None:
-    model = _model()
-    exact, rounded = (trainer_scores(model, random_sequences(50), dtype) for dtype in (DType.FLOAT32, DType.BFLOAT16))
+    exact, rounded = (trainer_scores(_model(), random_sequences(50), dtype) for dtype in (DType.FLOAT32, DType.BFLOAT16))
     assert exact.rounding == 0.0
     assert 0.0 < rounded.rounding < 0.1
-    assert rounded.logprobs == exact.logprobs
+
+
+def test_scores_are_those_of_the_weights_that_16_bits_hold_because_the_generator_has_no_others() -> None:
+    model = _model()
+    sent = _kept_in(_kept_in(model, torch.bfloat16), torch.float32)
+    expected = trainer_scores(sent, random_sequences(50), DType.FLOAT32)
+    assert trainer_scores(model, random_sequences(50), DType.BFLOAT16).logprobs == expected.logprobs
+    assert trainer_scores(model, random_sequences(50), DType.FLOAT32).logprobs != expected.logprobs
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_are_scored_with_what_16_bits_hold_of_them(implementation: str) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, experts_implementation=implementation)
+    model = Qwen3MoeForCausalLM(config)
+    sent = _kept_in(_kept_in(model, torch.bfloat16), torch.float32)
+    expected = trainer_scores(sent, random_sequences(50), DType.FLOAT32)
+    assert trainer_scores(model, random_sequences(50), DType.BFLOAT16).logprobs == [
+        pytest.approx(row, abs=1e-6) for row in expected.logprobs
+    ]
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_merged_adapter_is_scored_with_what_16_bits_hold_of_the_sum(base: torch.dtype) -> None:
+    model = _with_adapter(base)
+    merged = _kept_in(_kept_in(_kept_in(model, torch.float32).merge_and_unload(), torch.bfloat16), base)
+    expected = trainer_scores(merged, random_sequences(50), DType.BFLOAT16)
+    assert trainer_scores(model, random_sequences(50), DType.BFLOAT16) == expected
+    assert trainer_scores(model, random_sequences(50), DType.BFLOAT16, adapter_apart=True) != expected
+
+
+def test_scoring_a_merged_adapter_leaves_its_layers_as_they_were() -> None:
+    model = _with_adapter(torch.float32)
+    before = model(input_ids=torch.tensor(random_sequences(50))).logits
+    trainer_scores(model, random_sequences(50), DType.BFLOAT16)
+    assert torch.equal(model(input_ids=torch.tensor(random_sequences(50))).logits, before)
+
+
+def _with_adapter(base: torch.dtype) -> Any:
+    """The model in this dtype, with a LoRA of every linear layer in float32."""
+    model = get_peft_model(_kept_in(_model(), base), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _mean_difference(left: TrainerScores, right: TrainerScores) -> float:
+    pairs = zip(left.logprobs, right.logprobs, strict=True)
+    return statistics.mean(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT16])
+def test_rounding_is_that_of_a_model_in_sixteen_bits_all_through_as_the_generator_is(dtype: DType) -> None:
+    model = _model()
+    scores = trainer_scores(model, random_sequences(50), dtype)
+    rounded = trainer_scores(_kept_in(model, getattr(torch, dtype)), random_sequences(50), dtype)
+    assert scores.rounding == pytest.approx(_mean_difference(scores, rounded), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_trainer_with_weights_in_sixteen_bits_measures_how_far_it_is_from_float32(dtype: DType, lora: bool) -> None:
-    model = _model()
-    if lora:
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    model.to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+    model = _with_adapter(torch.bfloat16) if lora else _kept_in(_model(), torch.bfloat16)
     scores = trainer_scores(model, random_sequences(50), dtype)
-    exact = trainer_scores(copy.deepcopy(model).float(), random_sequences(50), DType.FLOAT32)
-    away = [abs(a - b) for ours, theirs in zip(scores.logprobs, exact.logprobs, strict=True) for a, b in zip(ours, theirs, strict=True)]
-    assert scores.rounding == pytest.approx(statistics.mean(away), rel=1e-3)
+    exact = trainer_scores(_kept_in(model, torch.float32), random_sequences(50), dtype)
+    assert scores.rounding == pytest.approx(_mean_difference(scores, exact), rel=1e-3)
     assert scores.rounding > 0
 
 
