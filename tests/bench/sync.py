@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from otj_runtime.api import DType, OnlineTrainingJob
 from otj_runtime.pod.commands import PROBE_ROOM, generator_command, generator_environment
@@ -59,6 +59,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.54B": {"shape": (28, 1536, 8960, 12, 2, 151936, True)},
     "3B": {"shape": (36, 2048, 11008, 16, 2, 151936, True)},
     "7.6B": {"shape": (28, 3584, 18944, 28, 4, 152064, False)},
+    # of each layer 32 experts, four of which a token takes
+    "1.8B-MoE": {"shape": (16, 1024, 1024, 8, 2, 65536, True), "experts": 32},
 }
 SIZES = {"cuda": ["0.1B", "0.5B", "1.54B", "3B", "7.6B"], "cpu": ["4M", "16M", "60M"]}
 SEQUENCES = 64
@@ -123,9 +125,7 @@ def measure(bench: Bench, size: str) -> None:
         with serving(bench, model_path, dtype, Path(folder)) as pod:
             torch.manual_seed(0)
             with torch.device(bench.device):
-                torch.set_default_dtype(torch.float32 if bench.delta else getattr(torch, dtype))
-                model = Qwen2ForCausalLM(config).eval()
-                torch.set_default_dtype(torch.float32)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if bench.delta else getattr(torch, dtype)).eval()
             control = GeneratorControl(pod.generator_url)
             weights = sum(tensor.numel() for tensor in policy_tensors(model).values()) * getattr(torch, dtype).itemsize
             for limit in (limit for limit in bench.staging if limit is None or limit < weights):
@@ -227,21 +227,24 @@ def naive(pod: PodConfig, model: Any, folder: Path) -> float:
     return seconds
 
 
-def model_config(size: str) -> Qwen2Config:
-    """Qwen2 of one of the shapes."""
+def model_config(size: str) -> PretrainedConfig:
+    """Qwen2 of one of the shapes; Qwen3 where it has experts."""
     layers, width, inner, heads, key_heads, vocabulary, tied = SHAPES[size]["shape"]
-    return Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=tied,
-        architectures=["Qwen2ForCausalLM"],
-        torch_dtype="bfloat16",
-    )
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
+        "dtype": "bfloat16",
+    }
+    if experts := SHAPES[size].get("experts"):
+        mixture = {"num_experts": experts, "num_experts_per_tok": 4, "moe_intermediate_size": inner, "norm_topk_prob": True}
+        return Qwen3MoeConfig(**common, **mixture, architectures=["Qwen3MoeForCausalLM"])
+    return Qwen2Config(**common, architectures=["Qwen2ForCausalLM"])
 
 
 @contextmanager

@@ -81,6 +81,8 @@ class ModelSpec(ApiModel):
 _ADDRESS = "^--(hos?t?|port?|uds?|config)(=|$)"
 """Options that say where vLLM listens, in words or in a file; its parser takes any beginning that is clear."""
 _ADDRESSES = f"self.extraArgs.filter(word, word.matches('{_ADDRESS}'))"
+_QUANTIZED = "^(-q|--quant[a-z-]*)(=|$)"
+_QUANTIZERS = f"self.extraArgs.filter(word, word.matches('{_QUANTIZED}'))"
 
 
 class GenerationSpec(ApiModel):
@@ -127,6 +129,15 @@ class GenerationSpec(ApiModel):
             holds=lambda g: not any(re.match(_ADDRESS, word) for word in g.extra_args),
             values=lambda g: (next(word for word in g.extra_args if re.match(_ADDRESS, word)),),
             cel_values=(f"{_ADDRESSES}[0]",),
+            field="extraArgs",
+        ),
+        Rule(
+            cel=f"!has(self.extraArgs) || {_QUANTIZERS}.size() == 0",
+            message="extraArgs: %s cannot be given: what quantising rounds away is as large as what wrong weights change, so no weight sync "
+            "could be proven; leave it out, and set generation.dtype",
+            holds=lambda g: not any(re.match(_QUANTIZED, word) for word in g.extra_args),
+            values=lambda g: (next(word for word in g.extra_args if re.match(_QUANTIZED, word)),),
+            cel_values=(f"{_QUANTIZERS}[0]",),
             field="extraArgs",
         ),
         no_secret_in("extraArgs", python="extra_args", reader="vLLM (VLLM_API_KEY, HF_TOKEN)"),

@@ -39,29 +39,31 @@ class Changes(ABC):
     Args:
         layout: of the mailbox.
         device: where the tensors are.
+
+    Attributes:
+        blocks: blocks of the share.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout, self._device = layout, device
         self._bits = BITS[layout.tensors[0].torch_dtype.itemsize]
         self._snapshots: dict[int, torch.Tensor] = {}
+        self.blocks = 0
+        self._elements = 0
 
     def remember(self, position: int, tensor: torch.Tensor) -> None:
         """Take a tensor into the snapshot."""
         entry = self._layout.tensors[position]
         if position not in self._snapshots:
             self._snapshots[position] = torch.empty(entry.count, dtype=entry.torch_dtype, device=self._device)
+            self.blocks += -(-entry.count // BLOCK)
+            self._elements += entry.count
         self._snapshots[position].view(entry.shape).copy_(tensor.detach())
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of the share."""
-        return sum(-(-len(snapshot) // BLOCK) for snapshot in self._snapshots.values())
 
     @property
     def most(self) -> int:
         """Most changed elements of a patch."""
-        return max(sum(map(len, self._snapshots.values())) // DENSEST, BLOCK)
+        return max(self._elements // DENSEST, BLOCK)
 
     @abstractmethod
     def find(self, tensors: Iterable[tuple[int, torch.Tensor]], *, limit: int) -> Changed | None:
@@ -144,6 +146,7 @@ class DeviceChanges(Changes):
                 triton_dtype(dtype),
                 dtype.itemsize == 4,
                 BLOCK,
+                num_warps=16,
             )
             launched.append(_Launched(table.positions, sums, table.dests, starts, counts))
         return launched

@@ -79,6 +79,7 @@ class Checksums:
         self._programs = torch.stack([piece_of, block_of], dim=1).to(torch.int32).to(device)
         self.sums = torch.zeros(targets, dtype=torch.int64, device=device)
         self._source, self._dtype = source, dtype
+        self._flat = all(piece.count <= piece.columns for piece in pieces)
 
     def add(self, start: int, end: int) -> None:
         """Add pieces `start` to `end` to their sums, on the current stream."""
@@ -87,16 +88,22 @@ class Checksums:
             for piece in (Piece(*fields) for fields in self._pieces[start:end].tolist()):
                 self.sums[piece.target] += by_definition(piece, source=self._source, dtype=self._dtype)
         elif programs:
-            _kernel()[(programs,)](
-                self._pieces,
-                self._programs,
-                self.sums,
-                first,
-                triton_dtype(self._source),
-                triton_dtype(self._dtype),
-                self._dtype.itemsize == 4,
-                BLOCK,
-            )
+            self.launch(first, programs)
+
+    def launch(self, first: int, programs: int) -> None:
+        """Let the kernel add so many blocks, from block `first` on."""
+        _kernel()[(programs,)](
+            self._pieces,
+            self._programs,
+            self.sums,
+            first,
+            self._flat,
+            triton_dtype(self._source),
+            triton_dtype(self._dtype),
+            self._dtype.itemsize == 4,
+            BLOCK,
+            num_warps=8,
+        )
 
     def compute(self) -> torch.Tensor:
         """All sums anew, on the current stream: int64 on the device, to be read as unsigned."""

@@ -73,18 +73,18 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @cached_property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch knows it."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.count * self.torch_dtype.itemsize
@@ -123,22 +123,22 @@ class Layout:
         """The tensors as JSON."""
         return json.dumps([asdict(entry) for entry in self.tensors], separators=(",", ":")).encode()
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """Bytes of all tensors, without gaps."""
         return sum(entry.nbytes for entry in self.tensors)
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of one slot."""
         return max(_aligned(max((entry.offset + entry.nbytes for entry in self.tensors), default=0), PAGE), PAGE)
 
-    @property
+    @cached_property
     def receipts_offset(self) -> int:
         """Where the receipt of the first worker lies."""
         return _aligned(PAGE + len(self.manifest), PAGE)
 
-    @property
+    @cached_property
     def sums_offset(self) -> int:
         """Where the sums of place 0 begin."""
         return self.receipts_offset + WORKERS * RECEIPT_BYTES
@@ -148,12 +148,12 @@ class Layout:
         """Bytes of one place's sums."""
         return len(self.tensors) * SUM_BYTES
 
-    @property
+    @cached_property
     def slots_offset(self) -> int:
         """Where slot 0 begins."""
         return _aligned(self.sums_offset + PLACES * self.sums_bytes, PAGE)
 
-    @property
+    @cached_property
     def region_bytes(self) -> int:
         """Bytes of one rank's region: a page of steps, then what they describe."""
         return PAGE + _aligned(self.slot_bytes // (PATCH_SHARE * self.regions), PAGE) if self.regions else 0

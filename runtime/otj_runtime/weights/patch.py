@@ -22,6 +22,9 @@ from otj_runtime.weights.layout import ALIGNMENT, TensorEntry
 BLOCK = 4096
 """Elements of a block, a power of two."""
 
+KERNEL_WIDTH = 256
+"""Elements that a program of the kernel puts at once: about as many as change in a block."""
+
 BITS = {2: torch.int16, 4: torch.int32}
 """What elements are compared as, by their size in bytes: as numbers, two zeros would be the same."""
 
@@ -87,9 +90,24 @@ def apply(patch: Patch, slot: torch.Tensor) -> None:
     Wrong indices reach no memory outside of the slot; wrong `counts` must have been refused before.
     """
     flat = slot.view(patch.values.dtype)
+    if slot.device.type == "cuda":
+        apply_by_kernel(patch, flat)
+        return
     places = torch.repeat_interleave(patch.dests, patch.counts, output_size=len(patch.indices))
     places += patch.indices & (BLOCK - 1)
     flat[places.clamp_(0, len(flat) - 1)] = patch.values
+
+
+def apply_by_kernel(patch: Patch, flat: torch.Tensor) -> None:
+    """As `apply`, in one pass over the patch; `flat` is the slot in elements of the patch's kind."""
+    from otj_runtime.weights.patch_kernel import put_changes
+
+    if not len(patch.dests):
+        return
+    starts = torch.cumsum(patch.counts, 0) - patch.counts
+    put_changes[(len(starts),)](
+        patch.dests, starts, patch.counts, patch.indices, patch.values, flat, len(flat), BLOCK, KERNEL_WIDTH, num_warps=2
+    )
 
 
 def _aligned(size: int) -> int:

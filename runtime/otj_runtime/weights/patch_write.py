@@ -75,9 +75,10 @@ class PatchWrite:
         sizes = {"blocks": len(patch.counts), "changed": len(patch.indices)}
         for place, part in zip(log.place(self._region, ticket, **sizes).parts, patch.parts, strict=True):
             place.copy_(part, non_blocking=True)
-        if part.device.type == "cuda":
-            torch.cuda.current_stream(part.device).synchronize()
+        # Beside the copies: of a patch nobody looks at what is noted before it is published.
         for position, checksum in found.checksums.items():
             self._writer.note_checksum(ticket, position, checksum)
             self._writer.note(ticket, position, self._writer.layout.tensors[position].nbytes)
+        if part.device.type == "cuda":
+            torch.cuda.current_stream(part.device).synchronize()
         log.put(self._region, ticket, previous=previous, **sizes)

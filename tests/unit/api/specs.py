@@ -408,6 +408,14 @@ INVALID = [
     ),
     *(
         Invalid(
+            f"a generator that quantises by {word}",
+            {"generation.extraArgs": ["--seed", "7", word, "fp8"]},
+            f"extraArgs: {word} cannot be given: what quantising rounds away is as large as what wrong weights change",
+        )
+        for word in ("--quantization", "--quantization=fp8", "--quant", "-q")
+    ),
+    *(
+        Invalid(
             f"a secret in the argument {name} of a dataset",
             {"dataset": {"name": "org/data", "args": {"seed": 1, name: "hf_abc"}}, "rewards": [{"function": "a.b"}]},
             f"spec.dataset.args.{name}: {ARGUMENT}",

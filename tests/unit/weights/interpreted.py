@@ -1,4 +1,4 @@
-"""Runs the GPU's search for changes in Triton's interpreter, on a CPU: python -m tests.unit.weights.interpreted FROM TO.
+"""Runs what a GPU finds and applies patches with in Triton's interpreter, on a CPU: python -m tests.unit.weights.interpreted FROM TO.
 
 A process of its own: Triton decides when it is imported whether it interprets. What it finds is compared with what torch finds.
 """
@@ -10,9 +10,9 @@ import sys
 import torch
 
 from otj_runtime.weights.changes import DeviceChanges
-from otj_runtime.weights.checksums import Piece, by_definition
+from otj_runtime.weights.checksums import BLOCK, Checksums, Piece, by_definition
 from otj_runtime.weights.layout import Layout
-from otj_runtime.weights.patch import BITS, apply
+from otj_runtime.weights.patch import BITS, apply_by_kernel
 
 SHAPES = {"several": (3, 2500), "small": (5,), "exact": (2, 4096), "empty": (0,), "scalar": ()}
 
@@ -32,7 +32,7 @@ def main(source: torch.dtype, dtype: torch.dtype) -> None:
             value.view(-1)[version::37] *= -2
         found = changes.find(enumerate(values), limit=10**6)
         assert found is not None
-        apply(found.patch, slot)
+        apply_by_kernel(found.patch, slot.view(BITS[dtype.itemsize]))
         for position, (entry, value) in enumerate(zip(layout.tensors, values, strict=True)):
             sent = value.to(dtype).view(-1).view(BITS[dtype.itemsize])
             assert torch.equal(entry.view(slot).view(-1).view(sent.dtype), sent), (version, entry.name)
@@ -47,5 +47,19 @@ def main(source: torch.dtype, dtype: torch.dtype) -> None:
     assert not len(found.patch.indices), "the snapshot was not brought up to date"
 
 
+def sums(source: torch.dtype, dtype: torch.dtype) -> None:
+    """Checksums of pieces of one run and of rows with gaps, by the kernel and by definition."""
+    memory = torch.randn(30_000).to(dtype).to(source)
+    address = memory.data_ptr()
+    rows = Piece(address, 6000, 100, 130, 7, 250, 1)
+    for pieces in ([Piece.flat(address, 9000, 0), Piece.flat(address, 5, 1)], [Piece.flat(address, 9000, 0), rows]):
+        checksums = Checksums(pieces, targets=2, source=source, dtype=dtype, device=torch.device("cpu"))
+        expected = checksums.compute().clone()
+        checksums.sums.zero_()
+        checksums.launch(0, sum(-(-piece.count // BLOCK) for piece in pieces))
+        assert torch.equal(checksums.sums, expected), pieces
+
+
 if __name__ == "__main__":
+    sums(getattr(torch, sys.argv[1]), getattr(torch, sys.argv[2]))
     main(getattr(torch, sys.argv[1]), getattr(torch, sys.argv[2]))
