@@ -58,6 +58,7 @@ class Workload:
         warm_up: steps that do not count.
         memory: share of the card's memory for vLLM.
         bf16: train under bfloat16 autocast, and let vLLM compute in bfloat16.
+        attention: transformers' implementation, for training and for its generation.
     """
 
     device: str
@@ -71,6 +72,7 @@ class Workload:
     warm_up: int = 2
     memory: float = 0.3
     bf16: bool = False
+    attention: str = "sdpa"
 
     @property
     def completions(self) -> int:
@@ -95,7 +97,7 @@ class Workload:
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
-            "model_init_kwargs": {"dtype": "float32"},
+            "model_init_kwargs": {"dtype": "float32", "attn_implementation": self.attention},
         }
 
 
@@ -298,6 +300,7 @@ def main() -> int:
     parser.add_argument("--completion-tokens", type=int)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast on a CPU as well; a GPU always trains so")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="transformers' implementation of attention")
     parser.add_argument("--memory", type=float, default=0.3, help="share of the card's memory for vLLM")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one configuration")
     parser.add_argument("--json", type=Path)
@@ -324,6 +327,7 @@ def main() -> int:
             steps=options.steps,
             memory=options.memory,
             bf16=cuda or options.bf16,
+            attention=options.attention,
         )
         # vLLM inside the trainer's process needs a GPU: on a CPU, TRL can only generate with transformers.
         names = options.only or [name for name in CONFIGURATIONS if cuda or name not in COLOCATED]

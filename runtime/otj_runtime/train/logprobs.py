@@ -145,10 +145,16 @@ class _ChunkedScores(torch.autograd.Function):
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             logits = _logits(hidden[part], matrix, bias, temperature)
-            normalizer = logits.logsumexp(dim=-1)
-            logprobs.append(logits.gather(1, targets[part, None])[:, 0] - normalizer)
-            normalizers.append(normalizer)
-            entropies.append(normalizer - (torch.softmax(logits, dim=-1).mul_(logits)).sum(dim=-1))
+            # Each pass over the vocabulary counts, so the exponentials serve both sums, and nothing is copied that can be overwritten.
+            largest = logits.amax(dim=-1)
+            shifted = logits.sub_(largest[:, None])
+            chosen = shifted.gather(1, targets[part, None])[:, 0]
+            exponentials = shifted.exp()
+            total = exponentials.sum(dim=-1)
+            log_total = total.log()
+            logprobs.append(chosen - log_total)
+            normalizers.append(largest + log_total)
+            entropies.append(log_total - exponentials.mul_(shifted).sum(dim=-1) / total)
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers))
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)

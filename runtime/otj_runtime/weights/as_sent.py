@@ -10,15 +10,17 @@ to memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from otj_runtime.weights.composed import merged
 from otj_runtime.weights.precision import NARROW, changes_its_argument
+
+PARTS = {"__get__", "__getitem__", "embedding"}
+"""Functions that take a part of a parameter, such as one expert of many or the rows of some tokens, or a view of it."""
 
 
 @contextmanager
@@ -32,11 +34,12 @@ def as_sent(model: Any, dtype: torch.dtype, *, adapter_apart: bool) -> Iterator[
         yield
         return
     rounded = _Rounded(dtype)
+    wide = any(parameter.dtype is torch.float32 for parameter in model.parameters())
     layers = [] if adapter_apart or not hasattr(model, "peft_config") else [layer for layer in model.modules() if hasattr(layer, "lora_A")]
     for layer in layers:
         layer.forward = _MergedForward(layer, str(model.active_adapters[0]), dtype, rounded)
     try:
-        with rounded:
+        with rounded if wide else nullcontext():
             yield
     finally:
         for layer in layers:
@@ -57,13 +60,15 @@ class _Rounded(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.exact or changes_its_argument(func):
             return func(*args, **kwargs)
-        if func.__name__ in ("__get__", "__getitem__"):  # a part of it, such as one expert of many: the whole need not be rounded
+        if func.__name__ in PARTS:  # the whole need not be rounded
             result = func(*args, **kwargs)
-            return self._round(result) if isinstance(args[0], torch.nn.Parameter) else result
-        args, kwargs = tree_map(self._round_parameter, (args, kwargs))
-        return func(*args, **kwargs)
+            return self._round(result) if any(isinstance(value, torch.nn.Parameter) for value in args) else result
+        args = tuple(map(self._round_parameter, args))
+        return func(*args, **{name: self._round_parameter(value) for name, value in kwargs.items()})
 
     def _round_parameter(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(self._round_parameter, value))
         return self._round(value) if isinstance(value, torch.nn.Parameter) else value
 
     def _round(self, value: Any) -> Any:
