@@ -78,11 +78,17 @@ class ModelSpec(ApiModel):
     )
 
 
-_ADDRESS = "^--(hos?t?|port?|uds?|config)(=|$)"
-"""Options that say where vLLM listens, in words or in a file; its parser takes any beginning that is clear."""
-_ADDRESSES = f"self.extraArgs.filter(word, word.matches('{_ADDRESS}'))"
-_QUANTIZED = "^(-q|--quant[a-z-]*)(=|$)"
-_QUANTIZERS = f"self.extraArgs.filter(word, word.matches('{_QUANTIZED}'))"
+def _no_argument(pattern: str, *, because: str) -> Rule:
+    """A rule that vLLM is given no argument which matches; its parser takes any beginning of an option's name that is clear."""
+    matching = f"self.extraArgs.filter(word, word.matches('{pattern}'))"
+    return Rule(
+        cel=f"!has(self.extraArgs) || {matching}.size() == 0",
+        message=f"extraArgs: %s cannot be given: {because}",
+        holds=lambda g: not any(re.match(pattern, word) for word in g.extra_args),
+        values=lambda g: (next(word for word in g.extra_args if re.match(pattern, word)),),
+        cel_values=(f"{matching}[0]",),
+        field="extraArgs",
+    )
 
 
 class GenerationSpec(ApiModel):
@@ -122,23 +128,15 @@ class GenerationSpec(ApiModel):
             cel_values=("self.tensorParallelSize", "self.gpus"),
             field="tensorParallelSize",
         ),
-        Rule(
-            cel=f"!has(self.extraArgs) || {_ADDRESSES}.size() == 0",
-            message="extraArgs: %s cannot be given: the job decides where vLLM listens, which is on loopback, because whoever reaches its "
-            "weight routes changes the model; leave it out, and give options of a configuration file one by one",
-            holds=lambda g: not any(re.match(_ADDRESS, word) for word in g.extra_args),
-            values=lambda g: (next(word for word in g.extra_args if re.match(_ADDRESS, word)),),
-            cel_values=(f"{_ADDRESSES}[0]",),
-            field="extraArgs",
+        _no_argument(
+            "^--(hos?t?|port?|uds?|config)(=|$)",
+            because="the job decides where vLLM listens, which is on loopback, because whoever reaches its weight routes changes the model; "
+            "leave it out, and give options of a configuration file one by one",
         ),
-        Rule(
-            cel=f"!has(self.extraArgs) || {_QUANTIZERS}.size() == 0",
-            message="extraArgs: %s cannot be given: what quantising rounds away is as large as what wrong weights change, so no weight sync "
-            "could be proven; leave it out, and set generation.dtype",
-            holds=lambda g: not any(re.match(_QUANTIZED, word) for word in g.extra_args),
-            values=lambda g: (next(word for word in g.extra_args if re.match(_QUANTIZED, word)),),
-            cel_values=(f"{_QUANTIZERS}[0]",),
-            field="extraArgs",
+        _no_argument(
+            "^(-q|--quant[a-z-]*)(=|$)",
+            because="what quantising rounds away is as large as what wrong weights change, so no weight sync could be proven; leave it out, "
+            "and set generation.dtype",
         ),
         no_secret_in("extraArgs", python="extra_args", reader="vLLM (VLLM_API_KEY, HF_TOKEN)"),
     )
