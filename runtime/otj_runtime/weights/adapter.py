@@ -27,7 +27,7 @@ from otj_runtime.weights.composed import available, is_collective, whole
 from otj_runtime.weights.control import RETURN_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Phases, only_one
-from otj_runtime.weights.probe import Agreement, TrainerScores, compare_all, prompt_sequences, random_sequences, trainer_scores
+from otj_runtime.weights.probe import Agreement, Probe, TrainerScores
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.sync import SYNC_SECONDS, Proof, SyncReport
 from otj_runtime.weights.tensors import reshard
@@ -61,13 +61,11 @@ class AdapterSync:
         self._adapter = model.active_adapters[0]
         self._directory = directory
         self._control = control
-        self._dtype = DType(dtype)
         self._ready_timeout_s = ready_timeout_s
-        self._sequences = prompt_sequences(prompts) or random_sequences(model.config.get_text_config().vocab_size)
+        self._probe = Probe(model, prompts, DType(dtype), adapter_apart=True)
         self._ranks: Ranks | None = None
         self._pushes = 0
         self._pushed: tuple[int, Path, TrainerScores] | None = None
-        self._rounding: float | None = None
         self._proof: Proof | None = None
 
     @property
@@ -118,7 +116,7 @@ class AdapterSync:
         reshard(self._model)
         with phases("write"):
             tensors, collective = self._gather(leads=ranks.rank == 0)
-        scores = self._score() if collective else None
+        scores = self._probe.score() if collective else None
         reshard(self._model)
         self._pushes += 1
         folder = self._directory / f"adapter-{self._pushes}"
@@ -130,7 +128,7 @@ class AdapterSync:
                 self._control.wait_healthy(deadline_s=self._ready_timeout_s)
             self._install(version, folder, phases)
             with phases("probe"):
-                own = scores or self._score()
+                own = scores or self._probe.score()
                 agreement = self._compare(version, own)
             sent = sum(tensor.nbytes for tensor in tensors.values())
             total = time.monotonic() - began
@@ -140,12 +138,6 @@ class AdapterSync:
         report, self._proof, proven = ranks.lead(finish, phase="install")
         self._pushed = version, folder, proven
         return report
-
-    def _score(self) -> TrainerScores:
-        """The trainer's half of the probe. How much 16 bits change it is measured at the first push only."""
-        scores = trainer_scores(self._model, self._sequences, self._dtype, rounding=self._rounding, adapter_apart=True)
-        self._rounding = scores.rounding
-        return scores
 
     def _gather(self, *, leads: bool) -> tuple[dict[str, Any], bool]:
         """The adapter's matrices by PEFT's names on rank 0 (none elsewhere), and whether all ranks had to take part."""
@@ -189,6 +181,4 @@ class AdapterSync:
                 self._control.resume()
 
     def _compare(self, version: int, scores: TrainerScores) -> Agreement:
-        trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
-        found = self._control.score(self._sequences)
-        return compare_all(scores, found, sequences=self._sequences, version=version, dtypes={trained_in, self._dtype})
+        return self._probe.compare(scores, self._control.score(self._probe.sequences), version=version)

@@ -32,7 +32,7 @@ from otj_runtime.pod.transfer import Direct
 from otj_runtime.weights.control import DEADLINES, RETURN_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Phases
-from otj_runtime.weights.probe import Agreement, TrainerScores, compare_all, prompt_sequences, random_sequences, trainer_scores
+from otj_runtime.weights.probe import Agreement, Probe, TrainerScores
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.sync import SYNC_SECONDS, Proof, SyncReport
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard
@@ -129,7 +129,7 @@ class DirectSync:
         self._control = control
         self._dtype = DType(dtype)
         self._ready_timeout_s = ready_timeout_s
-        self._sequences = prompt_sequences(prompts) or random_sequences(model.config.get_text_config().vocab_size)
+        self._probe = Probe(model, prompts, self._dtype)
         self._open_channel = open_channel
         self._ranks: Ranks | None = None
         self._channel: Channel | None = None
@@ -138,7 +138,6 @@ class DirectSync:
         self._scored: Future[TrainerScores] | None = None  # rank 0 only, as the next
         self._asked: Future[list[list[list[float]]]] | None = None
         self._proof: Proof | None = None
-        self._rounding: float | None = None
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="otj-sync")
 
     @property
@@ -192,7 +191,7 @@ class DirectSync:
         sent = self._deliver(version, phases)
         self._pushed, self._proof = version, None
         if ranks.rank == 0:
-            self._asked = self._threads.submit(self._control.score, self._sequences)
+            self._asked = self._threads.submit(self._control.score, self._probe.sequences)
         total = time.perf_counter() - began
         return ranks.lead(lambda: SyncReport(version, total, phases.seconds, sent, attempts=1), phase="send")
 
@@ -212,7 +211,10 @@ class DirectSync:
             agreement, again = self._connect().lead(self._first_look, phase="proof"), False
             if agreement is None:
                 self._deliver(version, Phases())
-                agreement, again = self._connect().lead(lambda: self._compare(self._control.score(self._sequences)), phase="proof"), True
+                agreement, again = (
+                    self._connect().lead(lambda: self._compare(self._control.score(self._probe.sequences)), phase="proof"),
+                    True,
+                )
             self._proof = Proof(agreement=agreement, again=again)
             self._proof = replace(self._proof, waited_s=time.perf_counter() - began)
         return self._proof
@@ -253,12 +255,12 @@ class DirectSync:
             ranks.together(lambda: self._bounded(channel.send, seconds=DEADLINES["update"], phase="send", what="send"), phase="send")
         phases.seconds["paused"] = talk.paused_s
         if is_sharded(tensors.values()):  # its forward takes all ranks
-            scores = self._score()
+            scores = self._probe.score()
             reshard(self._model)
             self._scored = Future()
             self._scored.set_result(scores)
         elif ranks.rank == 0:
-            self._scored = self._threads.submit(self._score)
+            self._scored = self._threads.submit(self._probe.score)
         itemsize = getattr(torch, self._dtype).itemsize
         return sum(math.prod(tensor.shape) for tensor in tensors.values()) * int(itemsize)
 
@@ -307,11 +309,6 @@ class DirectSync:
 
     # -- the proof -------------------------------------------------------------------------------------------------------------
 
-    def _score(self) -> TrainerScores:
-        scores = trainer_scores(self._model, self._sequences, self._dtype, rounding=self._rounding)
-        self._rounding = scores.rounding
-        return scores
-
     def _first_look(self) -> Agreement | None:
         """What the probe found; None if it has to be made again after a second send."""
         assert self._asked is not None
@@ -325,6 +322,4 @@ class DirectSync:
     def _compare(self, found: list[list[list[float]]]) -> Agreement:
         assert self._scored is not None
         assert self._pushed is not None
-        trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
-        dtypes = {trained_in, self._dtype}
-        return compare_all(self._scored.result(), found, sequences=self._sequences, version=self._pushed, dtypes=dtypes)
+        return self._probe.compare(self._scored.result(), found, version=self._pushed)

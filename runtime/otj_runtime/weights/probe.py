@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ PROMPT_TOKENS = 32
 
 LONGEST_PROMPT = 64
 """Tokens of a prompt that are used."""
+
+MEASURED_FIRST, MEASURED_EVERY = 3, 50
+"""The trainer's rounding is measured with the first scores and then with one of so many. Of one model it scatters by half of its size from
+version to version, so the mean counts."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,41 @@ def _differences(left: list[list[float]], right: list[list[float]]) -> _Differen
     _, worst, row, position = max(found, key=lambda item: math.inf if math.isnan(item[1]) else item[1])
     absolute = [item[0] for item in found]
     return _Differences(mean=sum(absolute) / len(found), max_abs=max(absolute), worst=worst, row=row, position=position)
+
+
+class Probe:
+    """The probe of one trainer: its tokens, the trainer's scores of them, and the comparison with the generator's.
+
+    Args:
+        model: the unwrapped policy.
+        prompts: token ids of prompts of the run, the same on every rank; without any, the tokens are random.
+        dtype: what the generator computes in.
+        adapter_apart: as for `trainer_scores`.
+
+    Attributes:
+        sequences: the tokens.
+    """
+
+    def __init__(self, model: Any, prompts: Iterable[list[int]], dtype: DType, *, adapter_apart: bool = False) -> None:
+        self.sequences = prompt_sequences(prompts) or random_sequences(model.config.get_text_config().vocab_size)
+        self._model, self._dtype, self._adapter_apart = model, dtype, adapter_apart
+        self._scored = 0
+        self._measured: list[float] = []
+
+    def score(self) -> TrainerScores:
+        """The trainer's half, of the weights as they are now. Collective if the model is sharded."""
+        measure = self._scored < MEASURED_FIRST or self._scored % MEASURED_EVERY == 0
+        self._scored += 1
+        known = None if measure else mean(self._measured)
+        scores = trainer_scores(self._model, self.sequences, self._dtype, rounding=known, adapter_apart=self._adapter_apart)
+        if measure:
+            self._measured.append(scores.rounding)
+        return replace(scores, rounding=mean(self._measured))
+
+    def compare(self, trainer: TrainerScores, engines: list[list[list[float]]], *, version: int) -> Agreement:
+        """As `compare_all`."""
+        trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
+        return compare_all(trainer, engines, sequences=self.sequences, version=version, dtypes={trained_in, self._dtype})
 
 
 def compare_all(

@@ -46,7 +46,7 @@ from otj_runtime.weights.install import Installer, Phases, only_one
 from otj_runtime.weights.layout import STEPS, Layout, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
 from otj_runtime.weights.patch_write import PatchWrite
-from otj_runtime.weights.probe import Agreement, TrainerScores, compare_all, prompt_sequences, random_sequences, trainer_scores
+from otj_runtime.weights.probe import Agreement, Probe, TrainerScores
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.tensors import is_sharded, policy_tensors, reshard, shares
 
@@ -155,7 +155,7 @@ class WeightSync:
         self._installer = Installer(control, self._path, staging_bytes)
         self._dtype = DType(dtype)
         self._ready_timeout_s = ready_timeout_s
-        self._sequences = prompt_sequences(prompts) or random_sequences(model.config.get_text_config().vocab_size)
+        self._probe = Probe(model, prompts, self._dtype)
         self._ranks: Ranks | None = None
         self._writer: MailboxWriter | None = None
         self._delta = delta
@@ -165,7 +165,6 @@ class WeightSync:
         self._scored: Future[TrainerScores] | None = None  # rank 0 only, as the next
         self._asked: Future[list[list[list[float]]]] | None = None
         self._proof: Proof | None = None
-        self._rounding: float | None = None
         self._talking: Future[None] | None = None
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="otj-sync")
         self._answered = False
@@ -255,7 +254,7 @@ class WeightSync:
             assert written is not None
             scores = None
             if is_sharded(tensors.values()):  # its forward takes all ranks
-                scores = self._score()
+                scores = self._probe.score()
                 reshard(self._model)
 
         def finish() -> SyncReport:
@@ -270,7 +269,7 @@ class WeightSync:
         report = ranks.lead(finish, phase="install")
         self._pushed, self._proof = ticket, None
         if ranks.rank == 0:
-            self._scored = self._threads.submit(lambda: scores or self._score())
+            self._scored = self._threads.submit(lambda: scores or self._probe.score())
             self._asked = self._threads.submit(self._ask, ticket)
             if self._delta:  # the next version may be a patch or whole, and is not known to be either before it is drawn
                 self._later(self._installer.open)
@@ -345,12 +344,6 @@ class WeightSync:
         self._whole_for = max(self._whole_for - 1, 0)
         return ranks.together(lambda: writer.write(ticket, patches.remember(ticket, share)), phase="write")
 
-    def _score(self) -> TrainerScores:
-        """The trainer's half of the probe. How much the generator's dtype changes it is measured at the first push only."""
-        scores = trainer_scores(self._model, self._sequences, self._dtype, rounding=self._rounding)
-        self._rounding = scores.rounding
-        return scores
-
     def _share(
         self, ranks: Ranks, writer: MailboxWriter, tensors: dict[str, PolicyTensor], sharded: bool
     ) -> Iterable[tuple[str, torch.Tensor]]:
@@ -378,7 +371,7 @@ class WeightSync:
 
     def _ask(self, pushed: Ticket) -> list[list[list[float]]]:
         assert self._writer is not None
-        return self._installer.scores(pushed, self._writer.receipts, self._sequences)
+        return self._installer.scores(pushed, self._writer.receipts, self._probe.sequences)
 
     def _install_again(self, ticket: Ticket) -> None:
         assert self._writer is not None
@@ -388,6 +381,4 @@ class WeightSync:
 
     def _compare(self, pushed: Ticket, scores: list[list[list[float]]]) -> Agreement:
         assert self._scored is not None
-        trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
-        dtypes = {trained_in, self._dtype}
-        return compare_all(self._scored.result(), scores, sequences=self._sequences, version=pushed.version, dtypes=dtypes)
+        return self._probe.compare(self._scored.result(), scores, version=pushed.version)

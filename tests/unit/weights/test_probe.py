@@ -18,7 +18,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from otj_runtime.api import DType
 from otj_runtime.pod.commands import PROBE_ROOM
 from otj_runtime.weights.errors import WeightsDiverged
-from otj_runtime.weights.probe import TrainerScores, compare, compare_all, prompt_sequences, random_sequences, trainer_scores
+from otj_runtime.weights.probe import (
+    MEASURED_EVERY,
+    Probe,
+    TrainerScores,
+    compare,
+    compare_all,
+    prompt_sequences,
+    random_sequences,
+    trainer_scores,
+)
 
 SEQUENCES = [[3, 1, 4], [1, 5, 9]]
 TRAINER = TrainerScores(logprobs=[[-1.0, -2.0], [-3.0, -4.0]], rounding=0.01)
@@ -237,3 +246,21 @@ def test_the_error_names_version_dtype_token_and_difference() -> None:
     assert "policy version 7 (float32)" in text
     assert "largest scaled difference 0.167, bound 0.0001" in text
     assert "token 5 at position 1 of sequence 1, trainer -3.000000, generator -2.500000" in text
+
+
+def test_rounding_is_the_mean_of_what_was_measured_first_and_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([0.03, 0.06, 0.09, 0.02])
+    monkeypatch.setattr(
+        "otj_runtime.weights.probe.trainer_scores",
+        lambda *_, rounding, **__: TrainerScores([[-1.0]], next(measured) if rounding is None else rounding),
+    )
+    probe = Probe(_model(), [[1, 2, 3]], DType.BFLOAT16)
+    found = [probe.score().rounding for _ in range(MEASURED_EVERY + 1)]
+    assert found[:3] == [pytest.approx(0.03), pytest.approx(0.045), pytest.approx(0.06)]
+    assert found[3:-1] == [pytest.approx(0.06)] * (MEASURED_EVERY - 3)
+    assert found[-1] == pytest.approx(0.05)
+
+
+def test_a_probe_without_prompts_is_of_random_tokens() -> None:
+    assert Probe(_model(), [], DType.FLOAT32).sequences == random_sequences(50)
+    assert Probe(_model(), [[7] * 40], DType.FLOAT32).sequences == [[7] * 40]
