@@ -14,7 +14,7 @@ from tests.e2e.cluster import SAMPLES, Cluster, Object, eventually
 pytestmark = pytest.mark.e2e
 
 JOB = "grpo-copy"
-STEPS, SOME_STEPS = 40, 3
+STEPS, SOME_STEPS = 120, 3
 START_SECONDS, SUSPEND_SECONDS, TRAIN_SECONDS = 300.0, 120.0, 600.0
 
 

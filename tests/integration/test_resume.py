@@ -100,6 +100,14 @@ def test_a_resumed_run_makes_the_very_steps_of_one_that_nothing_happened_to(
     assert not list((tmp_path / INCOMPLETE).glob("*"))
 
 
+def test_a_run_that_ended_after_its_last_checkpoint_makes_no_step_again(
+    tiny: Path, tmp_path: Path, undisturbed: list[dict[str, float]]
+) -> None:
+    assert run(tiny, tmp_path) == (0, "finished 5")
+    assert run(tiny, tmp_path) == (0, "finished 5")
+    assert numbers(tmp_path) == undisturbed
+
+
 @pytest.fixture(scope="module")
 def served(tiny: Path, generator: Callable[..., conftest.Generator]) -> Generator:
     return pod_generator(generator(tiny).config)

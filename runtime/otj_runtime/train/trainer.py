@@ -209,6 +209,9 @@ class OnlineTrainer(SavingTrainer):
     ) -> tuple[list[MicroBatch], None]:
         """The micro-batches of the next optimizer step, sampled now if the last generation is used up."""
         self.begin_step()
+        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step; transformers would make one more
+            self.control.should_training_stop = True
+            return [], None
         if self._step_began is None:
             self.push_weights()  # the first push waits for the generator's start, which is no part of a step
             self._step_began = time.monotonic()
