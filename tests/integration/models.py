@@ -53,6 +53,6 @@ def _save(model: PreTrainedModel, directory: Path) -> Path:
     return directory
 
 
-def even_ids(completion_ids: list[list[int]], **columns: object) -> list[float]:
-    """A reward that any model gets some of: the share of tokens with even ids."""
-    return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completion_ids]
+def mean_id(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """A reward that hardly two answers share: the mean of the token ids, as a share of the largest."""
+    return [sum(ids) / max(1, len(ids)) / VOCABULARY for ids in completion_ids]

@@ -17,7 +17,7 @@ from otj_runtime.rollout.transformers_engine import TransformersEngine
 from otj_runtime.rollout.types import Sampling
 from otj_runtime.train.assemble import build_run
 from tests.integration.conftest import Generator
-from tests.integration.models import even_ids
+from tests.integration.models import mean_id
 
 pytestmark = pytest.mark.integration
 
@@ -41,8 +41,8 @@ TRL = [
     "reward",
     "reward_std",
     "frac_reward_zero_std",
-    "rewards/even_ids/mean",
-    "rewards/even_ids/std",
+    "rewards/mean_id/mean",
+    "rewards/mean_id/std",
     "completions/clipped_ratio",
     "completions/mean_length",
     "completions/min_length",
@@ -65,7 +65,7 @@ class Answering(TrainerCallback):
         engine = TransformersEngine(model, pad_id=1, eos_ids={1})
         greedy = Sampling(count=1, max_tokens=TRAINING["max_completion_length"], temperature=0.0)
         answers = [answer.token_ids for [answer] in engine.generate(PROMPTS["test"], greedy, policy_version=state.global_step)]
-        self.rewards.append(sum(even_ids(answers)) / len(answers))
+        self.rewards.append(sum(mean_id(answers)) / len(answers))
         self.lengths.append(sum(map(len, answers)) / len(answers))
 
 
@@ -80,7 +80,7 @@ def test_the_eval_split_is_answered_with_the_current_weights(
         (data / f"{split}.jsonl").write_text("\n".join(lines))
     changes = {
         "dataset": DatasetSpec(path=str(data), eval_split="test"),
-        "rewards": [RewardSpec(function="tests.integration.models.even_ids")],
+        "rewards": [RewardSpec(function="tests.integration.models.mean_id")],
         "training": TRAINING,
         "rollout": RolloutSpec(staleness=staleness),
         "output": str(tmp_path / "output"),
