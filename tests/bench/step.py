@@ -10,8 +10,8 @@ the last ones (nothing left to sample ahead) do not count. Rewards are random, s
 
 TRL runs twice with vLLM in its process (at 0.3 of the memory, float32 master weights, bf16 autocast): with checkpointing and
 micro-batch 16, and without checkpointing and micro-batch 8; larger ones run out of memory, because its logits are whole. The better one
-counts. Ours needs no checkpointing at 16, because logits exist in chunks. On a CPU each side may do better with or without --bf16; TRL
-generates under autocast too, which casts all weights again for each token.
+counts. Ours needs no checkpointing at 16, because logits exist in chunks. On a CPU each side may do better with or without --bf16, and with
+--attention eager; TRL generates under autocast too, which casts all weights again for each token.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "3B": {"shape": (36, 2048, 11008, 16, 2, 151936, True)},
     "7.6B": {"shape": (28, 3584, 18944, 28, 4, 152064, False)},
     # of each layer 32 experts, four of which a token takes
-    "1.8B-MoE": {"shape": (16, 1024, 1024, 8, 2, 65536, True), "experts": 32},
+    "1.7B-MoE": {"shape": (16, 1024, 1024, 8, 2, 65536, True), "experts": 32},
 }
 SIZES = {"cuda": ["0.1B", "0.5B", "1.54B", "3B", "7.6B"], "cpu": ["4M", "16M", "60M"]}
 SEQUENCES = 64

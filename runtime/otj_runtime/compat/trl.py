@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from otj_runtime.api import DType
 from otj_runtime.compat.feed import Feed, floating
 from otj_runtime.compat.hook import after_import
 from otj_runtime.pod.config import PodConfig
 from otj_runtime.pod.errors import InvalidSpec
+from otj_runtime.weights.precision import kept_in
 from otj_runtime.weights.tensors import is_sharded, reshard
 
 SUPPORTED = ((1, 11), (1, 17))
@@ -156,4 +156,4 @@ def _prove(generation: Any, prompts: list[list[int]], feed: Feed) -> None:
     sequences, scores = feed.score(model, prompts)
     reshard(model)
     if leads and sequences:
-        feed.prove(sequences, scores, trained_in=DType(str(next(model.parameters()).dtype).removeprefix("torch.")))
+        feed.prove(sequences, scores, trained_in=kept_in(model))

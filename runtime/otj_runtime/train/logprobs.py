@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from otj_runtime.train.batch import MicroBatch
+from otj_runtime.weights.forwards import computing_by
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +107,8 @@ def _scoring_head(head: torch.nn.Linear, targets: torch.Tensor, temperature: flo
         returned.append(torch.stack(both, dim=-1).view(*targets.shape, 2))
         return returned[-1]
 
-    attributes = vars(head)
-    own = attributes.get("forward")  # of a wrapper that replaced it, too
-    attributes["forward"] = score
-    try:
+    with computing_by(head, score):
         yield returned
-    finally:
-        del attributes["forward"]
-        if own is not None:
-            attributes["forward"] = own
 
 
 def _from_logits(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> Scores:

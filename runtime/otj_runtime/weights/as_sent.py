@@ -10,13 +10,14 @@ to memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from otj_runtime.weights.composed import merged
+from otj_runtime.weights.forwards import computing_by
 from otj_runtime.weights.precision import NARROW, changes_its_argument
 
 PARTS = {"__get__", "__getitem__", "embedding"}
@@ -36,14 +37,12 @@ def as_sent(model: Any, dtype: torch.dtype, *, adapter_apart: bool) -> Iterator[
     rounded = _Rounded(dtype)
     wide = any(parameter.dtype is torch.float32 for parameter in model.parameters())
     layers = [] if adapter_apart or not hasattr(model, "peft_config") else [layer for layer in model.modules() if hasattr(layer, "lora_A")]
-    for layer in layers:
-        layer.forward = _MergedForward(layer, str(model.active_adapters[0]), dtype, rounded)
-    try:
-        with rounded if wide else nullcontext():
-            yield
-    finally:
+    with ExitStack() as stack:
         for layer in layers:
-            del layer.forward
+            stack.enter_context(computing_by(layer, _MergedForward(layer, str(model.active_adapters[0]), dtype, rounded)))
+        if wide:
+            stack.enter_context(rounded)
+        yield
 
 
 class _Rounded(TorchFunctionMode):

@@ -208,13 +208,11 @@ class DirectSync:
             raise WeightSyncFailed(f"proof: version {version} is not the one that was pushed last", phase="proof")
         if self._proof is None:
             began = time.perf_counter()
-            agreement, again = self._connect().lead(self._first_look, phase="proof"), False
+            agreement = self._connect().lead(self._first_look, phase="proof")
+            again = agreement is None
             if agreement is None:
                 self._deliver(version, Phases())
-                agreement, again = (
-                    self._connect().lead(lambda: self._compare(self._control.score(self._probe.sequences)), phase="proof"),
-                    True,
-                )
+                agreement = self._connect().lead(lambda: self._compare(self._control.score(self._probe.sequences)), phase="proof")
             self._proof = Proof(agreement=agreement, again=again)
             self._proof = replace(self._proof, waited_s=time.perf_counter() - began)
         return self._proof

@@ -17,12 +17,19 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from otj_runtime.api import DType
+
 NARROW = {torch.bfloat16, torch.float16}
 
 
 def keeps_narrow_weights(model: torch.nn.Module) -> bool:
     """Whether some of the model's weights are kept in 16 bits, as a LoRA's base often is."""
     return any(parameter.dtype in NARROW for parameter in model.parameters())
+
+
+def kept_in(model: torch.nn.Module) -> DType:
+    """What the model's weights are kept in."""
+    return DType(str(next(model.parameters()).dtype).removeprefix("torch."))
 
 
 class ComputedIn(TorchFunctionMode):

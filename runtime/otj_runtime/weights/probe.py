@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ import torch
 from otj_runtime.api import DType
 from otj_runtime.weights.as_sent import as_sent
 from otj_runtime.weights.errors import WeightsDiverged
-from otj_runtime.weights.precision import ComputedIn, keeps_narrow_weights
+from otj_runtime.weights.forwards import computing_by
+from otj_runtime.weights.precision import ComputedIn, keeps_narrow_weights, kept_in
 
 SEQUENCES = 3
 SEQUENCE_TOKENS = 16
@@ -141,13 +142,11 @@ def _logprobs(model: Any, sequences: list[list[int]]) -> list[list[float]]:
 def _as_it_is(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, and the model's own `forward`: accelerate shadows it by one that switches autocast on."""
     modes = [(module, module.training) for module in model.modules()]
-    shadow = model.__dict__.pop("forward", None)
     model.eval()
     try:
-        yield
+        with computing_by(model, None):
+            yield
     finally:
-        if shadow is not None:
-            model.__dict__["forward"] = shadow
         for module, training in modes:
             module.training = training
 
@@ -197,16 +196,15 @@ class Probe:
         """The trainer's half, of the weights as they are now. Collective if the model is sharded."""
         measure = self._scored < MEASURED_FIRST or self._scored % MEASURED_EVERY == 0
         self._scored += 1
-        known = None if measure else mean(self._measured)
+        known = None if measure else fmean(self._measured)
         scores = trainer_scores(self._model, self.sequences, self._dtype, rounding=known, adapter_apart=self._adapter_apart)
         if measure:
             self._measured.append(scores.rounding)
-        return replace(scores, rounding=mean(self._measured))
+        return replace(scores, rounding=fmean(self._measured))
 
     def compare(self, trainer: TrainerScores, engines: list[list[list[float]]], *, version: int) -> Agreement:
         """As `compare_all`."""
-        trained_in = DType(str(next(self._model.parameters()).dtype).removeprefix("torch."))
-        return compare_all(trainer, engines, sequences=self.sequences, version=version, dtypes={trained_in, self._dtype})
+        return compare_all(trainer, engines, sequences=self.sequences, version=version, dtypes={kept_in(self._model), self._dtype})
 
 
 def compare_all(
