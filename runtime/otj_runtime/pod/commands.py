@@ -161,22 +161,12 @@ def shared_environment(config: PodConfig, *, scratch: str) -> dict[str, str]:
 def generator_environment(config: PodConfig) -> dict[str, str]:
     """What only the generator container gets."""
     adapters = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.adapter is not None else {}
-    return (
-        server_environment(config.device, ipc=config.weight_transfer == "ipc")
-        | {"VLLM_CACHE_ROOT": f"{config.output}/.cache/vllm"}
-        | adapters
-    )
+    return server_environment(config.device) | {"VLLM_CACHE_ROOT": f"{config.output}/.cache/vllm"} | adapters
 
 
-def server_environment(device: Device, *, ipc: bool = False) -> dict[str, str]:
-    """What vLLM's server needs. Development mode opens the weight routes; they listen on loopback only.
-
-    Args:
-        ipc: let handles of GPU memory in, which vLLM's client sends pickled.
-    """
+def server_environment(device: Device) -> dict[str, str]:
+    """What vLLM's server needs. Development mode opens the weight routes; they listen on loopback only."""
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": "otj_mailbox"}
-    if ipc:
-        environment |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     if device is Device.CPU:
         # The default keeps a core idle; a generator and a trainer that take turns on few cores need all of them.
         environment |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -1,11 +1,12 @@
 """Which way the weights take to the generator, and why. Facts in, a choice with its reason out; the only file is the note of it.
 
-`choose` decides from the pod's configuration alone, so that trainer and launcher agree before either has seen a device. vLLM's own `nccl` and
-`ipc` depend on what the two sides can see, which `settle` judges once the generator answers; the launcher then reads the outcome from a note
-that rank 0 leaves in the run directory.
+`choose` decides from the pod's configuration alone, so that trainer and launcher agree before either has seen a device. `ipc` and `nccl`
+depend on what the two sides can see, which `settle` judges once the generator answers; the launcher then reads the outcome from a note that rank 0
+leaves in the run directory.
 
-Shared memory is preferred wherever it has room: it needs no access from one GPU to the other, stages beside decoding and survives a
-restart of the generator. vLLM's engines take the model apart, receive and load it while nothing is generated.
+`ipc` is the best where it is possible: nothing crosses a bus. Between GPUs, shared memory is preferred wherever it has room: it needs no access from
+one to the other, stages beside decoding and survives a restart of the generator. vLLM's `nccl` takes the model apart, receives and loads it
+while nothing is generated.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SMALL_STEPS = 1e-6
 """Learning rate at which about one bfloat16 weight of a hundred changes in a step; more than one of 16 are not sent as deltas."""
 
 Direct = Literal["nccl", "ipc"]
-"""vLLM's own engines, from GPU to GPU."""
+"""Ways that pass the host by: vLLM's own from GPU to GPU, and within the GPU that both sides are on."""
 
 NOTE = "transfer.json"
 LONGEST = 200
@@ -101,12 +102,13 @@ class Found:
     workers: tuple[Sight, ...]
 
 
-def candidate(wish: str, *, room: bool) -> Direct | None:
-    """The engine of vLLM that is worth a probe; None for the mailbox.
+def candidate(wish: str, *, room: bool, on_gpu: bool) -> Direct | None:
+    """What is worth a probe; None for the mailbox.
 
     Args:
-        wish: what was asked for; `auto` turns to `nccl` only where the mailbox does not fit.
+        wish: what was asked for; `auto` turns to `nccl` only where the mailbox, which `ipc` keeps its copy in, does not fit.
         room: whether it does.
+        on_gpu: whether the trainer computes on one.
     """
     match wish:
         case "ipc":
@@ -115,6 +117,8 @@ def candidate(wish: str, *, room: bool) -> Direct | None:
             return "nccl"
         case "auto" if not room:
             return "nccl"
+        case "auto" if on_gpu:
+            return "ipc"
         case _:
             return None
 
@@ -123,13 +127,14 @@ def settle(wish: str, kind: Direct, found: Found) -> Transfer:
     """The way after a look at both sides: `kind` if nothing stands against it, else the mailbox."""
     against = hindrance(kind, found)
     if against is None:
-        return Transfer(kind, f"{_because(wish)}; {_possible(kind, found)}")
+        return Transfer(kind, "; ".join(filter(None, [_because(wish, kind), _possible(kind, found)])))
     return fallback(wish, kind, against)
 
 
 def fallback(wish: str, kind: Direct, against: str) -> Transfer:
     """The mailbox, because `against` speaks against `kind`."""
-    return Transfer("mailbox", f"{_because(wish)}, but {kind} is not possible: {against}")
+    because = _because(wish, kind)
+    return Transfer("mailbox", f"{because}, but {kind} is not possible: {against}" if because else f"{kind} is not possible: {against}")
 
 
 def hindrance(kind: Direct, found: Found) -> str | None:
@@ -152,11 +157,13 @@ def hindrance(kind: Direct, found: Found) -> str | None:
     return None
 
 
-def _because(wish: str) -> str:
-    return "the mailbox has no room in the shared memory" if wish == "auto" else f"{wish} was asked for"
+def _because(wish: str, kind: Direct) -> str:
+    if wish != "auto":
+        return f"{wish} was asked for"
+    return "the mailbox has no room in the shared memory" if kind == "nccl" else ""
 
 
 def _possible(kind: Direct, found: Found) -> str:
     if kind == "ipc":
-        return "trainer and generator share their GPU"
+        return "trainer and generator share their GPU, and the weights are read where the trainer has them"
     return f"each side sees the other's GPU, with peer access to {len(found.workers)}"

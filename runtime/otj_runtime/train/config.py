@@ -118,7 +118,9 @@ class OnlineConfig(TrainingArguments):
     vllm_max_model_len: int | None = field(default=None, metadata={"help": "Longest prompt plus completion that vLLM accepts, in tokens."})
     vllm_weight_transfer: str = field(
         default="auto",
-        metadata={"help": "How weights reach vLLM: auto or mailbox (shared memory), nccl (another GPU), ipc (the same GPU)."},
+        metadata={
+            "help": "How weights reach vLLM: mailbox (shared memory), nccl (another GPU), ipc (the same GPU); auto takes ipc or the mailbox."
+        },
     )
     vllm_enable_prefix_caching: bool = field(default=True, metadata={"help": "Let vLLM keep the keys and values of shared prompts."})
     ds3_gather_for_generation: bool = field(

@@ -117,7 +117,7 @@ def make_weights(generator: Generator, *, model: Any, control: GeneratorControl,
     return ChosenSync(
         generator.wish,
         mailbox=mailbox,
-        direct=lambda kind: DirectSync(kind, prompts=first, **known),
+        nccl=lambda: DirectSync(prompts=first, **known),
         model=model,
         control=control,
         ready_timeout_s=generator.ready_timeout_s,

@@ -1,8 +1,8 @@
 """ChosenSync: finds out at the first push which way to the generator is possible, and takes it.
 
-    room?             the mailbox fits into the shared memory: `auto` looks no further
+    candidate         by what was asked for, and by what `auto` can use: `pod.transfer.candidate`
     look              what each rank and each worker see of the GPUs -> `pod.transfer.settle`
-    meet              NCCL's rendezvous, or the first words of IPC; what fails here leaves the generator as it was
+    meet              NCCL's rendezvous, or the workers open the memory that the ranks lend; what fails here leaves the generator as it was
     mailbox           whatever of this does not succeed, with the reason in the status
 
 The probe runs in the trainer, because it alone knows when both sides are up, and at the first push, because only then the generator must answer.
@@ -19,6 +19,7 @@ from otj_runtime.pod.transfer import Direct, Found, Sight, Transfer, candidate, 
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.direct import DirectSync
 from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.loan import gpu_uuid
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.sync import SYNC_SECONDS, Proof, SyncReport, WeightSync
 
@@ -36,8 +37,10 @@ class Way(Protocol):
     def reinstall(self) -> None: ...
 
 
-def own_sight(device: torch.device) -> Sight:
-    """What this rank sees; vLLM brings what asks the driver, so it is imported here."""
+def own_sight(kind: Direct, device: torch.device) -> Sight:
+    """What this rank sees, as far as `kind` depends on it; vLLM brings what asks the driver, so it is imported here."""
+    if kind == "ipc":
+        return Sight(device=gpu_uuid(device))
     from otj_runtime.weights.vllm_devices import look
 
     return look(device)
@@ -48,8 +51,8 @@ class ChosenSync:
 
     Args:
         wish: what was asked for: auto, nccl or ipc.
-        mailbox: the way that is always possible.
-        direct: makes the way of vLLM's engine of that name.
+        mailbox: the way that is always possible; `ipc` is this one as well, with the weights lent.
+        nccl: makes the way of vLLM's engine.
         model: the unwrapped policy.
         control: the generator.
         ready_timeout_s: how long the generator may take to start, in seconds.
@@ -62,16 +65,16 @@ class ChosenSync:
         wish: str,
         *,
         mailbox: WeightSync,
-        direct: Callable[[Direct], DirectSync],
+        nccl: Callable[[], DirectSync],
         model: Any,
         control: GeneratorControl,
         ready_timeout_s: float,
         tell: Callable[[Transfer], None],
-        look: Callable[[torch.device], Sight] = own_sight,
+        look: Callable[[Direct, torch.device], Sight] = own_sight,
     ) -> None:
         self._wish = wish
         self._mailbox = mailbox
-        self._direct = direct
+        self._nccl = nccl
         self._model = model
         self._control = control
         self._ready_timeout_s = ready_timeout_s
@@ -105,26 +108,34 @@ class ChosenSync:
         return self._way
 
     def _choose(self) -> Way:
-        kind = candidate(self._wish, room=self._wish != "auto" or self._mailbox.has_room())
+        device = next(self._model.parameters()).device
+        kind = candidate(self._wish, room=self._wish != "auto" or self._mailbox.has_room(), on_gpu=device.type == "cuda")
         if kind is None:
             return self._mailbox
         self._ranks = ranks = Ranks(timeout_s=self._ready_timeout_s + SYNC_SECONDS)
         way: Way = self._mailbox
         try:
-            transfer = settle(self._wish, kind, self._probe(ranks))
+            transfer = settle(self._wish, kind, self._probe(ranks, kind, device))
             if transfer.kind == kind:
-                direct = self._direct(kind)
-                direct.open()
-                way = direct
+                way = self._open(kind)
+            elif self._wish == "auto" and kind == "ipc":  # GPUs of their own, as was announced
+                return way
         except WeightSyncFailed as error:  # the same on every rank
             transfer = fallback(self._wish, kind, str(error))
         if ranks.rank == 0:
             self._tell(transfer)
         return way
 
-    def _probe(self, ranks: Ranks) -> Found:
-        device = next(self._model.parameters()).device
-        trainers = ranks.together(lambda: self._look(device), phase="probe")
+    def _open(self, kind: Direct) -> Way:
+        if kind == "ipc":
+            self._mailbox.lend()
+            return self._mailbox
+        direct = self._nccl()
+        direct.open()
+        return direct
+
+    def _probe(self, ranks: Ranks, kind: Direct, device: torch.device) -> Found:
+        trainers = ranks.together(lambda: self._look(kind, device), phase="probe")
 
         def workers() -> tuple[Sight, ...]:
             self._control.wait_healthy(deadline_s=self._ready_timeout_s)

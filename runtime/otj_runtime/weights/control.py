@@ -21,6 +21,7 @@ from otj_runtime.pod.names import ENGINE_HEADER, SERVED_MODEL
 from otj_runtime.pod.transfer import Sight
 from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.layout import Ticket
+from otj_runtime.weights.loan import Loan
 
 DEADLINES = {
     "init": 60.0,
@@ -119,9 +120,10 @@ class GeneratorControl:
 
     # -- the phases of an update -----------------------------------------------------------------------------------------------
 
-    def init_transfer(self, path: str, staging_bytes: int | None) -> None:
-        """Tell the workers where the mailbox is, and how much GPU memory staging may take."""
-        self._call("init", "POST", "/init_weight_transfer_engine", {"init_info": {"path": path, "staging_bytes": staging_bytes}})
+    def init_transfer(self, path: str, staging_bytes: int | None = None, loan: Loan | None = None) -> None:
+        """Tell the workers where the mailbox is, how much GPU memory staging may take, and where weights are lent."""
+        told = {"path": path, "staging_bytes": staging_bytes, "loan": loan}
+        self._call("init", "POST", "/init_weight_transfer_engine", {"init_info": told})
 
     def workers(self) -> int:
         """How many workers install weights."""

@@ -1,4 +1,4 @@
-"""DirectSync: brings the policy from GPU to GPU through vLLM's own `nccl` or `ipc`, and proves that it arrived.
+"""DirectSync: brings the policy from GPU to GPU through vLLM's own `nccl`, and proves that it arrived.
 
 One push, on every rank at once:
 
@@ -28,7 +28,6 @@ import torch
 
 from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorLost, Stalled
-from otj_runtime.pod.transfer import Direct
 from otj_runtime.weights.control import DEADLINES, RETURN_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Phases
@@ -94,28 +93,26 @@ class Opener(Protocol):
     """Makes a `Channel`."""
 
     def __call__(
-        self, kind: Direct, *, control: GeneratorControl, model: Any, dtype: DType, rank: int, workers: int, conversation: Conversation
+        self, *, control: GeneratorControl, model: Any, dtype: DType, rank: int, workers: int, conversation: Conversation
     ) -> Channel: ...
 
 
-def vllm_channel(kind: Direct, **arguments: Any) -> Channel:
+def vllm_channel(**arguments: Any) -> Channel:
     """vLLM's engine; imported here, because a trainer that uses the mailbox needs no vLLM."""
     from otj_runtime.weights.vllm_direct import DirectChannel
 
-    return DirectChannel(kind, **arguments)
+    return DirectChannel(**arguments)
 
 
 class DirectSync:
     """The training ranks' way to the generator's weights; what is not named here is as in `WeightSync`.
 
     Args:
-        kind: vLLM's name of the transfer.
         open_channel: how the two sides meet.
     """
 
     def __init__(
         self,
-        kind: Direct,
         *,
         model: Any,
         control: GeneratorControl,
@@ -124,7 +121,6 @@ class DirectSync:
         prompts: Iterable[list[int]] = (),
         open_channel: Opener = vllm_channel,
     ) -> None:
-        self.kind = kind
         self._model = model
         self._control = control
         self._dtype = DType(dtype)
@@ -165,7 +161,6 @@ class DirectSync:
 
         def meet() -> Channel:
             return self._open_channel(
-                self.kind,
                 control=self._control,
                 model=self._model,
                 dtype=self._dtype,
@@ -227,8 +222,8 @@ class DirectSync:
         served = self._control.weight_version()
         if served != str(self._pushed):
             raise GeneratorLost(
-                f"the generator restarted and serves weights {served} instead of {self._pushed}, of which {self.kind} keeps no copy: the run goes "
-                "on from its last checkpoint; generation.weightTransfer: mailbox brings them back without that"
+                f"the generator restarted and serves weights {served} instead of {self._pushed}, of which nccl keeps no copy: the run goes on "
+                "from its last checkpoint; generation.weightTransfer: mailbox brings them back without that"
             )
 
     # -- sending ---------------------------------------------------------------------------------------------------------------
@@ -302,7 +297,7 @@ class DirectSync:
                 raise Stalled(f"{talk.error}; {ADVICE}") from talk.error
             raise talk.error
         if not outcome.done():
-            raise Stalled(f"{phase}: {self.kind} did not {what} in {seconds:.0f} s; {ADVICE}")
+            raise Stalled(f"{phase}: nccl did not {what} in {seconds:.0f} s; {ADVICE}")
         return outcome.result()
 
     # -- the proof -------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from otj_runtime.pod.errors import GeneratorLost
 from otj_runtime.weights.control import DEADLINES, POLL_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.layout import Ticket
+from otj_runtime.weights.loan import Loan
 from otj_runtime.weights.receipts import Receipts
 
 
@@ -42,11 +43,17 @@ class Phases:
 
 @dataclass
 class Installer:
-    """One trainer's way to install. `staging_bytes`: what staging may take of the generator's GPU memory, None for no limit."""
+    """One trainer's way to install.
+
+    Attributes:
+        staging_bytes: what staging may take of the generator's GPU memory, None for no limit.
+        loan: weights that the workers can read where the trainer has them; nothing is staged then.
+    """
 
     control: GeneratorControl
     mailbox: Path
     staging_bytes: int | None = None
+    loan: Loan | None = None
     _workers: int = 0
     _open: bool = False
 
@@ -62,8 +69,7 @@ class Installer:
         """
         if not self._workers:
             with phases("init"):
-                self.control.init_transfer(str(self.mailbox), self.staging_bytes)
-                self._workers = self.control.workers()
+                self.introduce()
         with phases("update"):
             if self._open:
                 self._open = False
@@ -75,6 +81,15 @@ class Installer:
         self._open = False
         with phases("update"):
             self.control.update(ticket)
+
+    def introduce(self) -> None:
+        """Tell the workers where the weights will be.
+
+        Raises:
+            WeightSyncFailed: if a worker cannot reach them.
+        """
+        self.control.init_transfer(str(self.mailbox), self.staging_bytes, self.loan)
+        self._workers = self.control.workers()
 
     def instead(self, ticket: Ticket, phases: Phases) -> None:
         """Let the workers stage this ticket's version in place of the one that `begin` named.

@@ -1,7 +1,7 @@
 """The mailbox file, byte by byte. Pure: descriptions and their packing, no I/O.
 
     0                header       magic, format, where everything lies, digest
-    512 to 2048      records      four places: version, sequence, digest of the place's sums, slot, patches, digest
+    512 to 2560      records      five places: version, sequence, digest of the place's sums, slot, patches, digest
     4096             manifest     JSON: name, dtype, shape, offset of each tensor
     after it         receipts     one per worker of the generator: how far it is, see `receipts`
     after it         sums         per place and tensor: sequence of the write, bytes that have arrived, checksum of the bytes
@@ -9,7 +9,8 @@
     page aligned     slot 1
     page aligned     regions      one per rank that writes patches, see `patch_log`; none where every version is sent whole
 
-A version is either whole, in a slot (places 0 and 1), or a slot and patches on top of it (places 2 and 3, in turn).
+A version is either whole, in a slot (places 0 and 1), or a slot and patches on top of it (places 2 and 3, in turn). Place 4 is of one that the
+trainer lends from its own memory (`loan`) and copies into its slot afterwards: until then it is not in the file.
 Numbers are little endian. Digests, and the tensors' checksums on a CPU, are XXH3-64: 25 ms for 538 MB on one core, where CRC-32
 takes 180 to 490 ms. On a GPU the checksums are those of `checksums`, because the bytes never pass a processor.
 A record counts only if its own digest fits, so a torn record is no record.
@@ -31,12 +32,15 @@ import xxhash
 from otj_runtime.weights.errors import MailboxError
 
 MAGIC = int.from_bytes(b"OTJMBOX\0", "little")
-FORMAT = 4
+FORMAT = 5
 PAGE = 4096
 ALIGNMENT = 256
 SLOTS = 2
 PLACES = 4
-"""Records and tables of checksums: one for each slot, two for patched versions."""
+"""Records and tables of checksums of versions that the file holds: one for each slot, two for patched versions."""
+LENT = 4
+"""Place of the record and the checksums of a version that is lent."""
+TABLES = 5
 STEPS = 64
 """Most patches on top of one slot."""
 STEP_BYTES = PAGE // STEPS
@@ -151,7 +155,7 @@ class Layout:
     @cached_property
     def slots_offset(self) -> int:
         """Where slot 0 begins."""
-        return _aligned(self.sums_offset + PLACES * self.sums_bytes, PAGE)
+        return _aligned(self.sums_offset + TABLES * self.sums_bytes, PAGE)
 
     @cached_property
     def region_bytes(self) -> int:
@@ -238,16 +242,20 @@ class Ticket:
     Attributes:
         slot: where the version is written whole, or what its patches go on top of.
         steps: patches on top of the slot, the one to be written included; 0 for a version that is whole.
+        lent: whether the version is to be read where the trainer has it. Its slot is written as well, later, under the same ticket without this.
     """
 
     version: int
     slot: int
     sequence: int
     steps: int = 0
+    lent: bool = False
 
     @property
     def place(self) -> int:
         """Of its record and its checksums."""
+        if self.lent:
+            return LENT
         return SLOTS + self.steps % 2 if self.steps else self.slot
 
 

@@ -4,6 +4,7 @@
                          write(ticket, tensors)      any rank, any order: casts, copies, notes arrival and checksum per tensor
                          publish(ticket)             rank 0, when all have written: one small record makes the version visible
                          begin_patch, log.put        instead of the first two: what changed since the latest version, see `patch_log`
+                         begin_lent, Lender.lend     instead of the first two: the trainer's own memory, see `loan`; the slot is written later
     reader               arrived, check_tensor, ...  takes tensors of a version that is still being written, see `staging`
                          reading(version)            checks every digest first, then hands out the tensors
 
@@ -26,13 +27,27 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from otj_runtime.weights.device_write import DeviceWrite
 from otj_runtime.weights.errors import MailboxError
-from otj_runtime.weights.layout import PLACES, SLOTS, STEPS, SUM_BYTES, Layout, Record, TensorEntry, Ticket, digest, newest, tensor_digest
+from otj_runtime.weights.layout import (
+    PLACES,
+    SLOTS,
+    STEPS,
+    SUM_BYTES,
+    TABLES,
+    Layout,
+    Record,
+    TensorEntry,
+    Ticket,
+    digest,
+    newest,
+    tensor_digest,
+)
 from otj_runtime.weights.patch import apply
 from otj_runtime.weights.patch_log import PatchLog
 from otj_runtime.weights.pinned import pin, unpin
@@ -124,6 +139,10 @@ class MailboxWriter:
             raise MailboxError(f"version {version} cannot be a patch: it has to be sent whole")
         return self._empty(Ticket(version=version, slot=latest.slot, sequence=self._next(latest), steps=latest.steps + 1))
 
+    def begin_lent(self, version: int) -> Ticket:
+        """As `begin`; and prepare for `version` to be lent under the ticket, before the slot is written. Rank 0 only."""
+        return self._empty(replace(self.begin(version), lent=True))
+
     def _next(self, latest: Record | None) -> int:
         """A sequence that was never used: a reader may still wait for what was given up."""
         self._sequence = max(0 if latest is None else latest.sequence, self._sequence) + 1
@@ -137,7 +156,7 @@ class MailboxWriter:
 
     def following(self, ticket: Ticket) -> Ticket:
         """The ticket that `begin` draws after `ticket` was published, if the version after that is asked for."""
-        return Ticket(version=ticket.version + 1, slot=1 - ticket.slot, sequence=ticket.sequence + 1)
+        return replace(ticket, version=ticket.version + 1, slot=1 - ticket.slot, sequence=ticket.sequence + 1, steps=0)
 
     def write(self, ticket: Ticket, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Copy tensors into the ticket's slot, cast to the mailbox's dtype, and return the number of bytes.
@@ -233,7 +252,7 @@ class MailboxReader:
         self._memory = self._shared if self.layout.on_gpu else _mapped(path, mmap.ACCESS_COPY)
         self._data = memoryview(self._memory)
         # Read in words: a writer stores while we look, and a word is either old or new.
-        sums = self._data[self.layout.sums_offset : self.layout.sums_offset + PLACES * self.layout.sums_bytes]
+        sums = self._data[self.layout.sums_offset : self.layout.sums_offset + TABLES * self.layout.sums_bytes]
         self._words = sums.cast("Q")
         if self.layout.on_gpu:
             pin(self._memory, str(path))
@@ -309,7 +328,7 @@ class MailboxReader:
             if stopped() or time.monotonic() > end:
                 raise MailboxError(f"{self._path}: version {ticket.version} was not published in {deadline_s:.0f} s")
             time.sleep(POLL_SECONDS)
-        self._check_sums(record)
+        self._check_sums(record, ticket)
 
     def is_published(self, ticket: Ticket) -> bool:
         """Whether the ticket's version can be read as a whole."""
@@ -352,7 +371,7 @@ class MailboxReader:
         """
         record = self._expect(version)
         ticket = record.ticket
-        self._check_sums(record)
+        self._check_sums(record, ticket)
         content = self.slot_bytes(ticket.slot)
         if ticket.steps:
             content = content.clone()
@@ -391,8 +410,8 @@ class MailboxReader:
     def _sums_offset(self, place: int) -> int:
         return self.layout.sums_offset + place * self.layout.sums_bytes
 
-    def _check_sums(self, record: Record) -> None:
-        offset = self._sums_offset(record.ticket.place)
+    def _check_sums(self, record: Record, ticket: Ticket) -> None:
+        offset = self._sums_offset(ticket.place)
         if digest(self._data[offset : offset + self.layout.sums_bytes]) != record.sums_digest:
             raise MailboxError(f"{self._path}: the checksums of version {record.version} do not fit its record")
 

@@ -8,7 +8,7 @@
 
 On a CPU nothing is copied: tensors are taken where they lie, in the mailbox. On a GPU they are copied to a buffer by the copy engine, on a
 stream of their own, in runs of up to `RUN_BYTES`, as the trainer's copies arrive, a large tensor part by part; the checksums are computed
-where they land.
+where they land. Where trainer and generator share a GPU nothing is copied either: see `borrowed`.
 
 It may be begun long before the trainer writes: the next version's ticket is known as soon as the one before is installed, where versions
 are sent whole. Its thread then waits until what was installed is compared.
@@ -23,6 +23,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -50,7 +52,14 @@ class Staging:
     Args:
         reader: the mailbox.
         worker: this worker's number, whose receipt it writes.
+
+    Attributes:
+        on_device: whether the worker's GPU can install from it by replaying copies.
+        partial: whether it holds less than all tensors at a time.
     """
+
+    on_device = False
+    partial = False
 
     def __init__(self, reader: MailboxReader, worker: int) -> None:
         self.reader = reader
@@ -80,7 +89,7 @@ class Staging:
         begun = self._ticket
         if begun is None or self._failure is not None or self._stopped.is_set():
             return False
-        return (begun.slot, begun.sequence, begun.steps) == (ticket.slot, ticket.sequence, ticket.steps)
+        return replace(begun, version=ticket.version) == ticket
 
     def require_published(self) -> None:
         """An installation waits for what is staged, and the engine for it: never for a version that is only looked out for.
@@ -141,7 +150,8 @@ class Staging:
 
     def _confirm(self, ticket: Ticket, compare: Callable[[], list[str]]) -> None:
         try:
-            differing = compare()
+            with self._beside():
+                differing = compare()
             state, text = State.INSTALLED, ""
             if differing:
                 state = State.FAILED
@@ -177,6 +187,18 @@ class Staging:
     def content(self, ticket: Ticket) -> list[torch.Tensor]:
         """The layout's tensors of the version that was staged, for a loader."""
         raise NotImplementedError
+
+    def near(self, ticket: Ticket) -> list[torch.Tensor]:
+        """The layout's tensors, where a replay reads them. Only `on_device`."""
+        raise NotImplementedError
+
+    def kept(self, ticket: Ticket) -> list[torch.Tensor]:
+        """The layout's tensors, where the version that was installed can still be read. Only `on_device`."""
+        return self.near(ticket)
+
+    def _beside(self) -> AbstractContextManager[object]:
+        """Where this thread's work on the device goes, beside decoding."""
+        return nullcontext()
 
     def _patch(self, ticket: Ticket) -> None:
         """Make the ticket's version of the one in the buffer, if patches lead from there, else of the one in the slot."""
@@ -251,6 +273,8 @@ class DeviceStaging(Staging):
         limit: bytes that the buffer may take; None for all tensors.
     """
 
+    on_device = True
+
     def __init__(self, reader: MailboxReader, worker: int, *, device: torch.device, limit: int | None) -> None:
         super().__init__(reader, worker)
         layout = reader.layout
@@ -287,10 +311,10 @@ class DeviceStaging(Staging):
         super()._give_up()
         self._installed, self._copied = 0, []
 
-    def _confirm(self, ticket: Ticket, compare: Callable[[], list[str]]) -> None:
+    def _beside(self) -> AbstractContextManager[object]:
         torch.cuda.set_device(self._device)
-        with torch.cuda.stream(self._sum_stream):
-            super()._confirm(ticket, compare)
+        stream: AbstractContextManager[object] = torch.cuda.stream(self._sum_stream)
+        return stream
 
     def _stage(self, ticket: Ticket) -> None:
         torch.cuda.set_device(self._device)
@@ -374,6 +398,13 @@ class DeviceStaging(Staging):
 
     def content(self, ticket: Ticket) -> list[torch.Tensor]:
         return self.tensors if ticket.steps else self.reader.tensors(ticket.slot)
+
+    def near(self, ticket: Ticket) -> list[torch.Tensor]:
+        return self.tensors
+
+    def kept(self, ticket: Ticket) -> list[torch.Tensor]:
+        # A buffer that is a ring does not hold them any more. The GPU reads the pinned mailbox as well, if not as fast.
+        return self.reader.tensors(ticket.slot) if self.partial else self.tensors
 
     def _take_slot(self, slot: torch.Tensor) -> None:
         torch.cuda.set_device(self._device)

@@ -13,6 +13,9 @@ One push, on every rank at once:
     broadcast: every rank gets the report, or raises the error that rank 0 met
     update, for the version after this one                                              look out for its first bytes
 
+Where trainer and generator share a GPU (`lend`), rank 0 writes nothing in the middle but checksums of the weights as they are, the workers read those
+where they are, and the slot is written afterwards, beside decoding (`_keep`).
+
 and the proof, off that path:
 
     checksums: the workers compare what they have installed with what they staged, beside decoding
@@ -44,6 +47,7 @@ from otj_runtime.weights.control import RETURN_SECONDS, GeneratorControl
 from otj_runtime.weights.errors import MailboxError, WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.install import Installer, Phases, only_one
 from otj_runtime.weights.layout import STEPS, Layout, Ticket
+from otj_runtime.weights.loan import Handle, Lender, gpu_uuid, handles, lendable
 from otj_runtime.weights.mailbox import MailboxWriter
 from otj_runtime.weights.patch_write import PatchWrite
 from otj_runtime.weights.probe import Agreement, Probe, TrainerScores
@@ -161,6 +165,9 @@ class WeightSync:
         self._delta = delta
         self._patches: PatchWrite | None = None
         self._whole_for = 1  # pushes that are sent whole before a patch is tried
+        self._lender: Lender | None = None  # rank 0 only
+        self._lends = False
+        self._kept: Future[None] | None = None  # rank 0 only: the slot's copy of what was lent
         self._pushed: Ticket | None = None
         self._scored: Future[TrainerScores] | None = None  # rank 0 only, as the next
         self._asked: Future[list[list[list[float]]]] | None = None
@@ -179,6 +186,33 @@ class WeightSync:
         ranks = self._connect()
         layout = self._layout(ranks)
         return ranks.lead(lambda: MailboxWriter.fits(self._path, layout), phase="begin")
+
+    def lend(self) -> None:
+        """From now on let the workers read the weights where this and the other ranks have them. Collective, before the first push.
+
+        Raises:
+            GeneratorNotReady: if the generator does not answer in time.
+            WeightSyncFailed: on every rank, if one cannot lend its weights or a worker cannot read them; all is as before.
+        """
+        ranks = self._connect()
+
+        def offer() -> tuple[str, list[Handle]]:
+            tensors = lendable(policy_tensors(self._model))
+            return gpu_uuid(tensors[0].device), handles(tensors)
+
+        def introduce() -> None:
+            self._open_writer(ranks)
+            self._control.wait_healthy(deadline_s=self._ready_timeout_s)
+            self._installer.introduce()
+
+        self._installer.loan = dict(ranks.together(offer, phase="lend"))  # any rank may have to introduce it again
+        try:
+            ranks.lead(introduce, phase="lend")
+        except WeightSyncFailed:
+            self._installer.loan = None
+            self._installer.forget()
+            raise
+        self._lends = True
 
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`. Collective.
@@ -267,8 +301,10 @@ class WeightSync:
             return SyncReport(version, total, phases.seconds, sum(written), attempt, patched=ticket.steps > 0)
 
         report = ranks.lead(finish, phase="install")
-        self._pushed, self._proof = ticket, None
+        self._pushed, self._proof = replace(ticket, lent=False), None
         if ranks.rank == 0:
+            if ticket.lent:
+                self._kept = self._threads.submit(self._keep, writer, self._pushed)
             self._scored = self._threads.submit(lambda: scores or self._probe.score())
             self._asked = self._threads.submit(self._ask, ticket)
             if self._delta:  # the next version may be a patch or whole, and is not known to be either before it is drawn
@@ -298,15 +334,17 @@ class WeightSync:
         """The writer of this rank and the ticket of all. Rank 0 makes the file at first."""
 
         def draw() -> Ticket:
-            if self._writer is None:
-                self._writer = MailboxWriter.create(self._path, self._layout(ranks))
+            self._settle_kept()
+            made = self._open_writer(ranks)
             if not self._answered:
                 with phases("wait"):
                     self._control.wait_healthy(deadline_s=self._ready_timeout_s)
                 self._answered = True
+            if self._lends:
+                return made.begin_lent(version)
             if self._whole_for or self._pushed is None or self._pushed.steps == STEPS:
-                return self._writer.begin(version)
-            return self._writer.begin_patch(version)
+                return made.begin(version)
+            return made.begin_patch(version)
 
         def follow() -> MailboxWriter:
             if self._writer is None:
@@ -318,6 +356,12 @@ class WeightSync:
             ranks.together(lambda: follow() and None, phase="begin")
         return follow(), ticket
 
+    def _open_writer(self, ranks: Ranks) -> MailboxWriter:
+        """Rank 0's writer, which makes the file at first."""
+        if self._writer is None:
+            self._writer = MailboxWriter.create(self._path, self._layout(ranks))
+        return self._writer
+
     def _layout(self, ranks: Ranks) -> Layout:
         """The layout of the model's tensors, which stay the same from one version to the next."""
         reshard(self._model)
@@ -327,6 +371,8 @@ class WeightSync:
 
     def _write(self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]) -> list[int] | None:
         """Write this rank's share; return the bytes of each rank, None if the version cannot be a patch."""
+        if ticket.lent:
+            return ranks.together(lambda: self._lend(writer, ticket, tensors) if ranks.rank == 0 else 0, phase="write")
         share = self._share(ranks, writer, tensors, is_sharded(tensors.values()))
         if not self._delta:
             return ranks.together(lambda: writer.write(ticket, share), phase="write")
@@ -344,6 +390,28 @@ class WeightSync:
         self._whole_for = max(self._whole_for - 1, 0)
         return ranks.together(lambda: writer.write(ticket, patches.remember(ticket, share)), phase="write")
 
+    def _lend(self, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]) -> int:
+        """Rank 0's share of a version that is lent: all of it, for the others' weights are the same."""
+        found = lendable(tensors)
+        if self._lender is None:
+            self._lender = Lender(writer, found)
+        return self._lender.lend(ticket, found)
+
+    def _keep(self, writer: MailboxWriter, ticket: Ticket) -> None:
+        """Write what was lent into its slot. The weights stay as they are until it is proven, and that waits for this."""
+        tensors = lendable(policy_tensors(self._model))
+        device = tensors[0].device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with torch.cuda.stream(stream):  # not behind what the trainer asks for meanwhile
+            writer.write(ticket, zip((entry.name for entry in writer.layout.tensors), tensors, strict=True))
+        writer.publish(ticket)
+
+    def _settle_kept(self) -> None:
+        """Wait for the copy of what was lent last. Rank 0 only; the others have none."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.result()
+
     def _share(
         self, ranks: Ranks, writer: MailboxWriter, tensors: dict[str, PolicyTensor], sharded: bool
     ) -> Iterable[tuple[str, torch.Tensor]]:
@@ -358,6 +426,7 @@ class WeightSync:
     # -- the proof -------------------------------------------------------------------------------------------------------------
 
     def _prove(self, pushed: Ticket) -> Proof:
+        self._settle_kept()
         if self._asked is not None:
             asked, self._asked = self._asked, None
             try:

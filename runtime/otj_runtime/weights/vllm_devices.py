@@ -13,6 +13,7 @@ import torch
 from vllm.third_party import pynvml
 
 from otj_runtime.pod.transfer import Sight
+from otj_runtime.weights.loan import gpu_uuid
 
 _READ = 0  # NVML_P2P_CAPS_INDEX_READ; the binding has a tuple there by mistake
 
@@ -21,7 +22,7 @@ def look(device: torch.device) -> Sight:
     """What this process sees, which computes on `device`."""
     if device.type != "cuda":
         return Sight(device="")
-    own = _plain(str(torch.cuda.get_device_properties(device).uuid))
+    own = gpu_uuid(device)
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

@@ -1,9 +1,12 @@
-"""vLLM's own transfers from GPU to GPU, `nccl` and `ipc`: the trainer's half, with vLLM's classes, on every rank.
+"""vLLM's own transfer from GPU to GPU, `nccl`: the trainer's half, with vLLM's classes, on every rank.
 
     open   rank 0: init_weight_transfer_engine, which names the backend to our own; that makes vLLM's worker half of it (`vllm_plugin`).
-           nccl: trainer and workers meet in a group of their own meanwhile
-    send   every rank replays the policy's tensors; rank 0: pause(keep), start, update (nccl: while it broadcasts; ipc: once for each
-           buffer of handles), then /otj/install: finish, label, forget prefixes, go on
+           Trainer and workers meet in a group of their own meanwhile
+    send   every rank replays the policy's tensors; rank 0: pause(keep), start, update while it broadcasts, then /otj/install: finish, label,
+           forget prefixes, go on
+
+Its `ipc`, for a GPU that both sides are on, is not used: it loads as slowly as it does here (233 ms for 1.54B, 226 of them paused, on an H100), and its
+handles travel pickled. See `loan`.
 
 What is ours is the order around vLLM's phases: between start and finish a worker's model is taken apart, so nothing may be decoded.
 """
@@ -19,12 +22,10 @@ import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
 from otj_runtime.api import DType
-from otj_runtime.pod.transfer import Direct
 from otj_runtime.weights.composed import whole
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.direct import Conversation
@@ -56,15 +57,14 @@ class PolicySource(WeightSource):  # type: ignore[misc]
 class Client(HTTPVLLMWeightSyncClient):  # type: ignore[misc]
     """vLLM's client with our deadlines, errors and order."""
 
-    def __init__(self, control: GeneratorControl, backend: str, conversation: Conversation) -> None:
+    def __init__(self, control: GeneratorControl, conversation: Conversation) -> None:
         super().__init__(control.url)
         self._control = control
-        self._backend = backend
         self._conversation = conversation
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let the workers make their half of the backend."""
-        super().init_weight_transfer_engine({"backend": self._backend, "init_info": init_info})
+        super().init_weight_transfer_engine({"backend": "nccl", "init_info": init_info})
 
     def start_weight_update(self) -> None:
         """Stop decoding between two steps, then begin."""
@@ -88,7 +88,6 @@ class DirectChannel:
     """An open way to the workers. Collective: every rank makes one and sends.
 
     Args:
-        kind: vLLM's name of the backend.
         control: the generator.
         model: the unwrapped policy.
         dtype: what the generator computes in.
@@ -97,18 +96,17 @@ class DirectChannel:
         conversation: takes what is said on the way.
     """
 
-    def __init__(
-        self, kind: Direct, *, control: GeneratorControl, model: Any, dtype: DType, rank: int, workers: int, conversation: Conversation
-    ) -> None:
+    def __init__(self, *, control: GeneratorControl, model: Any, dtype: DType, rank: int, workers: int, conversation: Conversation) -> None:
         source = PolicySource(model, getattr(torch, dtype))
-        # Packed: unpacked, ipc would hold the casts of all tensors in the GPU's memory at once.
-        packing = {"packed": True, "packed_buffer_size_bytes": max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, source.largest())}
-        info: NCCLTrainerInitInfo | IPCTrainerInitInfo
-        if kind == "nccl":
-            info = NCCLTrainerInitInfo(rank=rank, master_address="127.0.0.1", master_port=_free_port(), world_size=1 + workers, **packing)
-        else:
-            info = IPCTrainerInitInfo(rank=rank, **packing)
-        client = Client(control, kind, conversation)
+        info = NCCLTrainerInitInfo(
+            rank=rank,
+            master_address="127.0.0.1",
+            master_port=_free_port(),
+            world_size=1 + workers,
+            packed=True,
+            packed_buffer_size_bytes=max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, source.largest()),
+        )
+        client = Client(control, conversation)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
     def send(self) -> None:

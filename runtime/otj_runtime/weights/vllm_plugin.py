@@ -4,15 +4,15 @@ touches vLLM's classes.
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in each of its processes. Chosen by
 `--weight-transfer-config '{"backend": "otj_mailbox"}'`. The phases are vLLM's own, so that anybody's trainer can drive them:
 
-    init_transfer_engine  {"path", "staging_bytes"}   opens the mailbox and pins it
+    init_transfer_engine  {"path", "staging_bytes", "loan"}   opens the mailbox and pins it, and what the trainer lends of its own memory
     start_weight_update                               nothing
-    update_weights        {"version", "sequence", "slot", "steps"}   begins to stage that version and returns, while decoding goes on; with the
+    update_weights        {"version", "sequence", "slot", "steps", "lent"}   begins to stage that version and returns, while decoding goes on; with the
                                                       version alone, the latest in the mailbox
     finish_weight_update                              waits until all is staged and checked, then installs it: the only phase that
                                                       changes the model, to be called between two engine steps
 
-Another backend of vLLM takes over where `init_transfer_engine` gets {"backend", "init_info"}: `nccl` or `ipc`, made by vLLM's own factory. A
-server has one backend for its life, and whether these are possible shows only when both sides have met, so the choice cannot be the server's.
+Another backend of vLLM takes over where `init_transfer_engine` gets {"backend", "init_info"}: `nccl`, made by vLLM's own factory. A server has
+one backend for its life, and whether that one is possible shows only when both sides have met, so the choice cannot be the server's.
 
 How it installs is decided at the first update. Where the model's loader only copies, its copies are recorded and replayed (`plan`). Else
 (a CPU's packed layouts, quantised weights, mixtures of experts) the tensors go through vLLM's own layerwise reload, which packs and
@@ -35,9 +35,11 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from otj_runtime.weights.borrowed import BorrowedStaging
 from otj_runtime.weights.errors import MailboxError, UnsupportedVLLM
 from otj_runtime.weights.installed import InstalledCheck
 from otj_runtime.weights.layout import Ticket
+from otj_runtime.weights.loan import Loan, borrow
 from otj_runtime.weights.mailbox import MailboxReader
 from otj_runtime.weights.plan import Plan, record
 from otj_runtime.weights.staging import DeviceStaging, HostStaging, Staging
@@ -81,10 +83,11 @@ def register() -> None:
 
 @dataclass
 class MailboxInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """Where the mailbox is, and how many bytes of GPU memory staging may take: None for as many as the model has."""
+    """Where the mailbox is, how many bytes of GPU memory staging may take (None for as many as the model has), and the trainer's own memory."""
 
     path: str
     staging_bytes: int | None = None
+    loan: Loan | None = None
 
 
 @dataclass
@@ -103,6 +106,7 @@ class MailboxUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     sequence: int | None = None
     slot: int | None = None
     steps: int = 0
+    lent: bool = False
 
 
 class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -116,7 +120,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
     _plan: Plan | None = None
     _check: InstalledCheck | None = None
     _computes = False
-    _replay: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+    _replay: dict[int, list[torch.Tensor]] | None = None
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> MailboxInitInfo | HandOver:
         """As vLLM's own, or a hand-over to another backend."""
@@ -129,23 +133,27 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
             config = WeightTransferConfig(backend=init_info.backend)
             other = WeightTransferEngineFactory.create_engine(config, self.vllm_config, self.device, self.model)
             other.init_transfer_engine(other.parse_init_info(init_info.init_info))
-            self._other, self._plan, self._check = other, None, None
+            self._other, self._plan = other, None
             return
         reader = MailboxReader(Path(init_info.path))
         if reader.layout.on_gpu and self.device.type == "cpu":
             raise MailboxError("the trainer is on a GPU and this generator on a CPU: run both on the same kind of device")
+        try:
+            self._staging = self._make_staging(reader, init_info)
+        except BaseException:
+            reader.close()
+            raise
+        if self._plan is not None and self._plan.layout != reader.layout:
+            self._plan = None
+
+    def _make_staging(self, reader: MailboxReader, info: MailboxInitInfo) -> Staging:
         parallel = self.parallel_config
         worker = int(parallel.data_parallel_index * parallel.world_size + parallel.rank)
-        if self.device.type == "cuda" and reader.layout.on_gpu:
-            try:
-                self._staging = DeviceStaging(reader, worker, device=self.device, limit=init_info.staging_bytes)
-            except BaseException:
-                reader.close()
-                raise
-        else:
-            self._staging = HostStaging(reader, worker)
-        if self._plan is not None and self._plan.layout != reader.layout:
-            self._plan = self._check = None
+        if not (self.device.type == "cuda" and reader.layout.on_gpu):
+            return HostStaging(reader, worker)
+        if info.loan is not None:
+            return BorrowedStaging(reader, worker, device=self.device, lent=borrow(info.loan, reader.layout, self.device))
+        return DeviceStaging(reader, worker, device=self.device, limit=info.staging_bytes)
 
     def start_weight_update(self) -> None:
         """Nothing: see the module's text."""
@@ -172,7 +180,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         if update_info.sequence is None or update_info.slot is None:
             ticket = staging.reader.latest(update_info.version)
         else:
-            ticket = Ticket(update_info.version, update_info.slot, update_info.sequence, update_info.steps)
+            ticket = Ticket(update_info.version, update_info.slot, update_info.sequence, update_info.steps, update_info.lent)
         staging.begin(ticket)
 
     def finish_weight_update(self) -> None:
@@ -186,7 +194,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
             return
         staging = self._opened()
         staging.require_published()
-        if not (isinstance(staging, DeviceStaging) and staging.partial):
+        if not staging.partial:
             staging.wait()
         ticket = staging.take()
         with staging.reader.guarding(ticket):
@@ -194,22 +202,21 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         staging.confirm(ticket, lambda: self._differing(staging, ticket))
 
     def _install(self, staging: Staging, ticket: Ticket) -> None:
-        if isinstance(staging, DeviceStaging) and self._plan is not None:
-            self._copy(staging, self._plan)
+        if staging.on_device and self._plan is not None:
+            self._copy(staging, ticket, self._plan)
             return
         staging.drain()
-        if isinstance(staging, DeviceStaging) and self._plain():
+        if staging.on_device and self._plain():
             self._record(staging, ticket)
         else:
             self._reload(staging, ticket)
 
     def _differing(self, staging: Staging, ticket: Ticket) -> list[str]:
         """Parameters that do not hold what was staged; none where they hold what vLLM has computed from it."""
-        if self._plan is None or not isinstance(staging, DeviceStaging):
+        if self._plan is None or not staging.on_device:
             return []
         self._check = self._check or InstalledCheck(self._plan, self.model)
-        # A staging buffer that is a ring does not hold them any more. The GPU reads the pinned mailbox as well, if not as fast.
-        return self._check.differing(staging.reader.tensors(ticket.slot) if staging.partial else staging.tensors)
+        return self._check.differing(staging.kept(ticket))
 
     def shutdown(self) -> None:
         """Stop staging and let go of the mailbox and the buffer, or of the other backend."""
@@ -219,7 +226,7 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         if self._staging is not None:
             self._staging.stop()
             self._staging.reader.close()
-        self._staging, self._replay = None, None
+        self._staging = self._replay = self._check = None  # they hold addresses of what is let go here
 
     def _opened(self) -> Staging:
         if self._staging is None:
@@ -248,12 +255,10 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         self._plan = plan
         logger.info("recorded %d copies of %d tensors", len(plan.copies), len(plan.layout.tensors))
 
-    def _copy(self, staging: DeviceStaging, plan: Plan) -> None:
-        """Replay the plan: at once if all is staged, else run by run."""
-        if self._replay is None:
-            self._replay = ([copy.destination for copy in plan.copies], plan.sources(staging.tensors))
-        destinations, sources = self._replay
-        if not staging.partial:
+    def _copy(self, staging: Staging, ticket: Ticket, plan: Plan) -> None:
+        """Replay the plan: at once if all is near, else run by run."""
+        destinations, sources = [copy.destination for copy in plan.copies], self._sources(plan, staging.near(ticket))
+        if not (isinstance(staging, DeviceStaging) and staging.partial):
             torch._foreach_copy_(destinations, sources)
             torch.cuda.current_stream(self.device).synchronize()
             return
@@ -265,6 +270,14 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
             torch._foreach_copy_([destinations[index] for index in chosen], [sources[index] for index in chosen])
             staging.installed(end)
         staging.wait()
+
+    def _sources(self, plan: Plan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What each copy reads; made once for each place where the tensors lie, because making views takes as long as copying."""
+        self._replay = {} if self._replay is None else self._replay
+        place = tensors[0].data_ptr()
+        if place not in self._replay:
+            self._replay[place] = plan.sources(tensors)
+        return self._replay[place]
 
     def _reload(self, staging: Staging, ticket: Ticket) -> None:
         """Load through vLLM's layerwise reload."""

@@ -49,20 +49,21 @@ def test_the_choice_is_described_with_its_speed_once_that_is_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "room", "kind"),
+    ("wish", "room", "on_gpu", "kind"),
     [
-        ("auto", True, None),
-        ("auto", False, "nccl"),
-        ("nccl", True, "nccl"),
-        ("ipc", True, "ipc"),
-        ("mailbox", False, None),
-        ("delta", False, None),
+        ("auto", True, True, "ipc"),
+        ("auto", True, False, None),
+        ("auto", False, True, "nccl"),
+        ("nccl", True, True, "nccl"),
+        ("ipc", True, True, "ipc"),
+        ("mailbox", False, True, None),
+        ("delta", False, True, None),
     ],
 )
-def test_a_way_between_gpus_is_looked_for_where_it_is_asked_for_or_the_mailbox_does_not_fit(
-    wish: str, room: bool, kind: str | None
+def test_a_way_past_the_host_is_looked_for_where_it_is_asked_for_or_better_than_the_mailbox(
+    wish: str, room: bool, on_gpu: bool, kind: str | None
 ) -> None:
-    assert candidate(wish, room=room) == kind
+    assert candidate(wish, room=room, on_gpu=on_gpu) == kind
 
 
 ALL = ("a", "b", "c", "d")
@@ -110,6 +111,14 @@ def test_the_reason_of_auto_is_the_room_that_is_missing() -> None:
     assert settle("auto", "nccl", found).describe(180.0) == (
         "nccl, 180 GB/s: the mailbox has no room in the shared memory; each side sees the other's GPU, with peer access to 1"
     )
+
+
+def test_auto_needs_no_excuse_for_a_gpu_that_both_sides_share() -> None:
+    found = Found((_gpu("a"),), (_gpu("a"),))
+    assert settle("auto", "ipc", found).reason == (
+        "trainer and generator share their GPU, and the weights are read where the trainer has them"
+    )
+    assert fallback("auto", "ipc", "no handles").reason == "ipc is not possible: no handles"
 
 
 def test_a_long_reason_is_cut_to_what_the_status_takes() -> None:

@@ -1,10 +1,8 @@
-"""vLLM's own transfers: what goes over the wire, in which order, and what becomes of one that fails. No GPU: NCCL and CUDA are left out, the
-rest of vLLM's trainer half is its own."""
+"""vLLM's own nccl: what goes over the wire, in which order, and what becomes of one that fails; and the choice of a way. No GPU: NCCL is left out,
+the rest of vLLM's trainer half is its own."""
 
 from __future__ import annotations
 
-import base64
-import pickle
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
+from vllm.distributed.weight_transfer import nccl_engine
 
 from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorLost, Stalled
@@ -99,28 +97,15 @@ def server(policy: Any) -> Iterator[Server]:
 
 @pytest.fixture
 def broadcast(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tensor]]:
-    """vLLM's engines without NCCL and CUDA; what they would have sent."""
+    """vLLM's engine without NCCL; what it would have sent."""
     sent: list[tuple[str, torch.Tensor]] = []
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(destroy=lambda: None))
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **_: sent.extend(iterator))
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a"))
-    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
-
-    def chunks(iterator: Any, *, gpu_uuid: str, **_: Any) -> Iterator[Any]:
-        for name, tensor in iterator:
-            sent.append((name, tensor))
-            shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            yield SimpleNamespace(
-                names=[name], shapes=[shape], dtype_names=[dtype], tensor_sizes=[tensor.nbytes], ipc_handle={gpu_uuid: (1, 2)}
-            )
-
-    monkeypatch.setattr(ipc_engine, "packed_ipc_producer", chunks)
     return sent
 
 
-def _sync(kind: Any, server: Server, *, dtype: DType = DType.FLOAT32) -> DirectSync:
-    return DirectSync(kind, model=server.policy, control=server.control, dtype=dtype, ready_timeout_s=5.0, prompts=SEQUENCES)
+def _sync(server: Server, *, dtype: DType = DType.FLOAT32) -> DirectSync:
+    return DirectSync(model=server.policy, control=server.control, dtype=dtype, ready_timeout_s=5.0, prompts=SEQUENCES)
 
 
 def _perturb(policy: Any) -> None:
@@ -132,7 +117,7 @@ def _perturb(policy: Any) -> None:
 def test_nccl_is_vllms_two_halves_with_decoding_held_from_start_to_install(
     policy: Any, server: Server, broadcast: list[tuple[str, torch.Tensor]]
 ) -> None:
-    sync = _sync("nccl", server, dtype=DType.BFLOAT16)
+    sync = _sync(server, dtype=DType.BFLOAT16)
     report = sync.push(0)
     assert server.routes == [INIT, *UPDATE]
     told = server.calls[0][1]["init_info"]
@@ -157,22 +142,9 @@ def test_nccl_is_vllms_two_halves_with_decoding_held_from_start_to_install(
     assert report.phases["paused"] > 0
 
 
-def test_ipc_sends_vllms_pickled_handles_buffer_by_buffer_into_one_update(
-    policy: Any, server: Server, broadcast: list[tuple[str, torch.Tensor]]
-) -> None:
-    _sync("ipc", server).push(3)
-    tensors = policy_tensors(policy)
-    assert server.routes == [INIT, *UPDATE[:2], *(len(tensors) * [UPDATE[2]]), UPDATE[3]]
-    assert server.calls[0][1]["init_info"] == {"backend": "ipc", "init_info": {"packed": True}}
-    updates = [body["update_info"] for route, body in server.calls if route == "/update_weights"]
-    assert [name for update in updates for name in update["names"]] == list(tensors)
-    assert all(pickle.loads(base64.b64decode(update["ipc_handles_pickled"])) == {"a": (1, 2)} for update in updates)
-    assert server.version == "3"
-
-
 @pytest.mark.usefixtures("broadcast")
 def test_versions_follow_each_other_over_one_meeting_and_each_is_proven(policy: Any, server: Server) -> None:
-    sync = _sync("nccl", server)
+    sync = _sync(server)
     for version in range(3):
         sync.push(version)
         proof = sync.proven(version)
@@ -186,7 +158,7 @@ def test_versions_follow_each_other_over_one_meeting_and_each_is_proven(policy: 
 @pytest.mark.usefixtures("broadcast")
 def test_weights_that_do_not_prove_right_are_sent_again_and_what_was_sampled_is_suspect(server: Server) -> None:
     server.lame = 1
-    sync = _sync("nccl", server)
+    sync = _sync(server)
     sync.push(4)
     proof = sync.proven(4)
     assert proof.again
@@ -197,7 +169,7 @@ def test_weights_that_do_not_prove_right_are_sent_again_and_what_was_sampled_is_
 @pytest.mark.usefixtures("broadcast")
 def test_weights_that_do_not_prove_right_twice_have_diverged(server: Server) -> None:
     server.lame = 2
-    sync = _sync("nccl", server)
+    sync = _sync(server)
     sync.push(4)
     with pytest.raises(WeightsDiverged, match="policy version 4"):
         sync.proven(4)
@@ -205,7 +177,7 @@ def test_weights_that_do_not_prove_right_twice_have_diverged(server: Server) -> 
 
 @pytest.mark.usefixtures("broadcast")
 def test_a_generator_that_restarted_between_two_pushes_is_met_anew(server: Server) -> None:
-    sync = _sync("nccl", server)
+    sync = _sync(server)
     sync.push(1)
     server.version = "default"
     sync.push(2)
@@ -215,7 +187,7 @@ def test_a_generator_that_restarted_between_two_pushes_is_met_anew(server: Serve
 
 @pytest.mark.usefixtures("broadcast")
 def test_a_generator_that_restarted_while_it_sampled_is_lost_because_nobody_keeps_its_weights(server: Server) -> None:
-    sync = _sync("nccl", server)
+    sync = _sync(server)
     sync.push(1)
     sync.reinstall()  # an interrupted connection: it serves them still
     server.version = "default"
@@ -227,7 +199,7 @@ def test_a_generator_that_restarted_while_it_sampled_is_lost_because_nobody_keep
 @pytest.mark.usefixtures("broadcast")
 def test_a_phase_that_fails_is_named_and_nothing_after_it_is_asked(server: Server, failing: str) -> None:
     server.failing = {failing}
-    sync = _sync("nccl", server)
+    sync = _sync(server)
     with pytest.raises(WeightSyncFailed, match="with 500: out of luck"):
         sync.push(0)
     assert server.routes[-1] == failing
@@ -241,7 +213,7 @@ def test_a_send_whose_other_half_was_refused_does_not_wait_for_nccl(
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **_: time.sleep(60))
     began = time.monotonic()
     with pytest.raises(WeightSyncFailed, match=r"update: .* out of luck"):
-        _sync("nccl", server).push(0)
+        _sync(server).push(0)
     assert time.monotonic() - began < 30
 
 
@@ -251,7 +223,7 @@ def test_a_meeting_that_never_comes_about_ends_at_its_deadline_with_the_fix(
     monkeypatch.setattr(direct_module, "OPEN_SECONDS", 0.3)
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: time.sleep(60))
     with pytest.raises(Stalled, match=r"init: nccl did not meet the generator in 0 s; say generation\.weightTransfer: mailbox"):
-        _sync("nccl", server).open()
+        _sync(server).open()
 
 
 @pytest.mark.usefixtures("broadcast")
@@ -259,31 +231,38 @@ def test_a_generator_that_does_not_answer_the_meeting_is_not_asked_for_another(s
     monkeypatch.setitem(control_module.DEADLINES, "init", 0.3)
     server.silent = {INIT}
     with pytest.raises(Stalled, match=r"did not answer POST .*; say generation\.weightTransfer: mailbox"):
-        _sync("nccl", server).open()
+        _sync(server).open()
 
 
 class Mailbox:
     """Stands in for the way that is always possible."""
 
-    def __init__(self, *, room: bool = True) -> None:
+    def __init__(self, *, room: bool = True, stingy: bool = False) -> None:
         self.room = room
+        self.stingy = stingy
+        self.lends = False
         self.version: int | None = None
 
     def has_room(self) -> bool:
         return self.room
+
+    def lend(self) -> None:
+        if self.stingy:
+            raise WeightSyncFailed("lend: bias is made for each push", phase="lend")
+        self.lends = True
 
     def push(self, version: int) -> str:
         self.version = version
         return "by mailbox"
 
 
-def _chosen(wish: str, server: Server, mailbox: Mailbox, *, look: Any = lambda _: HERE) -> tuple[ChosenSync, list[Transfer]]:
+def _chosen(wish: str, server: Server, mailbox: Mailbox, *, look: Any = lambda *_: HERE) -> tuple[ChosenSync, list[Transfer]]:
     told: list[Transfer] = []
     way: Any = mailbox
     chosen = ChosenSync(
         wish,
         mailbox=way,
-        direct=lambda kind: _sync(kind, server),
+        nccl=lambda: _sync(server),
         model=server.policy,
         control=server.control,
         ready_timeout_s=5.0,
@@ -294,18 +273,32 @@ def _chosen(wish: str, server: Server, mailbox: Mailbox, *, look: Any = lambda _
 
 
 @pytest.mark.usefixtures("broadcast")
-@pytest.mark.parametrize(
-    ("wish", "room", "there", "kind"),
-    [("nccl", True, THERE, "nccl"), ("auto", False, THERE, "nccl"), ("ipc", True, SAME, "ipc")],
-)
-def test_a_way_that_the_probe_finds_possible_is_taken(server: Server, wish: str, room: bool, there: Sight, kind: str) -> None:
-    server.sight = there
+@pytest.mark.parametrize(("wish", "room"), [("nccl", True), ("auto", False)])
+def test_nccl_is_taken_where_the_probe_finds_it_possible(server: Server, wish: str, room: bool) -> None:
     chosen, told = _chosen(wish, server, mailbox := Mailbox(room=room))
     for version in range(2):
         chosen.push(version)
         assert not chosen.proven(version).again
-    assert [transfer.kind for transfer in told] == [kind]
+    assert [transfer.kind for transfer in told] == ["nccl"]
     assert (chosen.version, mailbox.version, server.version) == (1, None, "1")
+
+
+def test_on_a_gpu_that_both_sides_share_the_mailbox_lends_the_weights(server: Server) -> None:
+    server.sight = SAME
+    chosen, told = _chosen("ipc", server, mailbox := Mailbox())
+    chosen.push(0)
+    assert (mailbox.lends, mailbox.version) == (True, 0)
+    assert [transfer.describe(400.0) for transfer in told] == [
+        "ipc, 400 GB/s: ipc was asked for; trainer and generator share their GPU, and the weights are read where the trainer has them"
+    ]
+
+
+def test_weights_that_cannot_be_lent_go_through_the_mailbox(server: Server) -> None:
+    server.sight = SAME
+    chosen, told = _chosen("ipc", server, mailbox := Mailbox(stingy=True))
+    chosen.push(0)
+    assert (mailbox.lends, mailbox.version) == (False, 0)
+    assert told[0].reason == "ipc was asked for, but ipc is not possible: lend: bias is made for each push"
 
 
 def test_auto_asks_nothing_where_the_mailbox_fits(server: Server) -> None:
@@ -355,7 +348,7 @@ def test_an_nccl_that_does_not_come_up_leaves_the_mailbox(
 
 
 def test_a_trainer_without_vllm_takes_the_mailbox(server: Server) -> None:
-    def look(_: Any) -> Sight:
+    def look(*_: Any) -> Sight:
         raise ModuleNotFoundError("No module named 'vllm'")
 
     chosen, told = _chosen("nccl", server, mailbox := Mailbox(), look=look)

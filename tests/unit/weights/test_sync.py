@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import pytest
 import torch
 
 from otj_runtime.api import DType
+from otj_runtime.weights import sync as sync_module
+from otj_runtime.weights.borrowed import BorrowedStaging
+from otj_runtime.weights.composed import Composed
 from otj_runtime.weights.errors import MailboxError, WeightsDiverged, WeightSyncFailed
 from otj_runtime.weights.layout import Ticket
-from otj_runtime.weights.mailbox import MailboxReader
+from otj_runtime.weights.loan import Loan, lendable
+from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter
 from otj_runtime.weights.probe import trainer_scores
-from otj_runtime.weights.staging import HostStaging
+from otj_runtime.weights.staging import HostStaging, Staging
 from otj_runtime.weights.sync import WeightSync
+from otj_runtime.weights.tensors import policy_tensors
 from tests.unit.weights.test_tensors import tiny_model
 
 SEQUENCES = [[1, 2, 3, 4], [5, 6, 7]]
@@ -27,19 +33,22 @@ class LoadingGenerator:
     Attributes:
         lame: installations that are acknowledged and do nothing.
         corrupting: installations after which a parameter does not hold what was staged, by too little for the probe.
+        lent: the trainer's tensors, as a worker on its GPU finds them.
     """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.lame = 0
         self.corrupting = 0
+        self.lent: list[torch.Tensor] = []
         self.restart()
 
     def restart(self) -> None:
         self.version = "default"
         torch.manual_seed(1)
         self.model: Any = tiny_model(tied=True)
-        self.staging: HostStaging | None = None
+        self.from_trainer: BorrowedStaging | None = None
+        self.staging: Staging | None = None
         self.open = False
 
     def healthy(self) -> bool:
@@ -54,9 +63,12 @@ class LoadingGenerator:
     def weight_version(self) -> str:
         return self.version
 
-    def init_transfer(self, path: str, staging_bytes: int | None) -> None:
+    def init_transfer(self, path: str, staging_bytes: int | None, loan: Loan | None) -> None:
         self.calls.append("init")
-        self.staging = HostStaging(MailboxReader(Path(path)), worker=0)
+        if loan is not None and not self.lent:
+            raise WeightSyncFailed("init: no handle can be opened", phase="init")
+        self.staging = self.from_slots = HostStaging(MailboxReader(Path(path)), worker=0)
+        self.from_trainer = BorrowedStaging(MailboxReader(Path(path)), 0, device=torch.device("cpu"), lent=self.lent) if loan else None
 
     def workers(self) -> int:
         return 1
@@ -74,6 +86,9 @@ class LoadingGenerator:
             self.open = False
             raise WeightSyncFailed("update: nothing is open", phase="update")
         self.calls.append(f"update {ticket.version}")
+        if self.from_trainer is not None:  # a GPU's reads both itself
+            self.staging.stop()
+            self.staging = self.from_trainer if ticket.lent else self.from_slots
         self.staging.begin(ticket)
 
     def install(self, version: int) -> float:
@@ -246,3 +261,101 @@ def test_a_delta_needs_all_weights_staged(policy: Any, tmp_path: Path, generator
     control: Any = generator
     with pytest.raises(ValueError, match="delta goes without staging_bytes"):
         WeightSync(model=policy, directory=tmp_path, control=control, dtype=DType.FLOAT32, staging_bytes=1 << 20, delta=True)
+
+
+@pytest.fixture
+def lending(policy: Any, tmp_path: Path, generator: LoadingGenerator, monkeypatch: pytest.MonkeyPatch) -> WeightSync:
+    """A sync whose generator reads the policy's own memory: in this process a tensor is its own handle."""
+    monkeypatch.setattr(sync_module, "handles", list)
+    generator.lent = lendable(policy_tensors(policy))
+    sync = _sync(policy, tmp_path, generator)
+    sync.lend()
+    return sync
+
+
+def test_weights_that_are_lent_arrive_bit_by_bit_before_their_slot_is_written(
+    policy: Any, generator: LoadingGenerator, lending: WeightSync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = threading.Event()
+    write = MailboxWriter.write
+
+    def late(*arguments: Any) -> int:
+        assert installed.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(MailboxWriter, "write", late)
+    for version in range(3):
+        installed.clear()
+        report = lending.push(version)
+        assert (report.attempts, generator.version, report.bytes) == (1, str(version), 4 * sum(t.numel() for t in generator.lent))
+        assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), generator.model.parameters(), strict=True))
+        installed.set()
+        assert not lending.proven(version).again
+        _perturb(policy)
+    assert generator.calls.count("init") == 1
+
+
+def test_a_generator_that_was_restarted_gets_a_lent_version_from_its_slot(
+    policy: Any, generator: LoadingGenerator, lending: WeightSync
+) -> None:
+    lending.push(1)
+    lending.proven(1)
+    pushed = copy.deepcopy(policy.state_dict())
+    _perturb(policy)
+    generator.restart()
+    lending.reinstall()
+    assert generator.version == "1"
+    assert all(torch.equal(tensor, pushed[name]) for name, tensor in generator.model.state_dict().items())
+    generator.restart()  # and unnoticed
+    report = lending.push(2)
+    assert (report.attempts, generator.version) == (2, "2")
+    assert not lending.proven(2).again
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), generator.model.parameters(), strict=True))
+
+
+def test_memory_that_is_not_the_trainers_shows_before_anything_is_installed(
+    policy: Any, generator: LoadingGenerator, lending: WeightSync
+) -> None:
+    generator.lent[:] = [tensor.clone() for tensor in generator.lent]
+    generator.restart()
+    _perturb(policy)
+    before = copy.deepcopy(generator.model.state_dict())
+    with pytest.raises(WeightSyncFailed, match=r"worker 0: .* does not fit its checksum"):
+        lending.push(0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in generator.model.state_dict().items())
+
+
+def test_weights_that_moved_since_they_were_lent_are_not_sent(policy: Any, lending: WeightSync) -> None:
+    lending.push(0)
+    lending.proven(0)
+    policy.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()}, assign=True)
+    with pytest.raises(MailboxError, match="have moved in memory since they were lent"):
+        lending.push(1)
+
+
+def test_a_worker_that_cannot_read_lent_weights_leaves_the_mailbox_as_it_was(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync_module, "handles", list)
+    sync = _sync(policy, tmp_path, generator)
+    with pytest.raises(WeightSyncFailed, match="no handle can be opened"):
+        sync.lend()
+    sync.push(0)
+    assert not sync.proven(0).again
+    assert generator.version == "0"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"a": torch.zeros(2, 3).T}, "a is not contiguous"),
+        (
+            {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.bfloat16)},
+            r"b is torch\.bfloat16 on cpu, others are torch\.float32 on cpu",
+        ),
+        ({"a": Composed(shape=(2,), collective=False, make=lambda: torch.zeros(2))}, "a is made for each push"),
+    ],
+)
+def test_only_tensors_that_lie_whole_in_memory_can_be_lent(tensors: dict[str, Any], reason: str) -> None:
+    with pytest.raises(WeightSyncFailed, match=reason):
+        lendable(tensors)
