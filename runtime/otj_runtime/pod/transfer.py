@@ -4,9 +4,8 @@
 depend on what the two sides can see, which `settle` judges once the generator answers; the launcher then reads the outcome from a note that rank 0
 leaves in the run directory.
 
-`ipc` is the best where it is possible: nothing crosses a bus. Between GPUs, shared memory is preferred wherever it has room: it needs no access from
-one to the other, stages beside decoding and survives a restart of the generator. vLLM's `nccl` takes the model apart, receives and loads it
-while nothing is generated.
+`ipc` is the best where it is possible: the weights pass the host by. Else shared memory is preferred wherever it has room: it needs no access from one
+GPU to the other, and stages beside decoding. vLLM's `nccl` takes the model apart, receives and loads it while nothing is generated.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SMALL_STEPS = 1e-6
 """Learning rate at which about one bfloat16 weight of a hundred changes in a step; more than one of 16 are not sent as deltas."""
 
 Direct = Literal["nccl", "ipc"]
-"""Ways that pass the host by: vLLM's own from GPU to GPU, and within the GPU that both sides are on."""
+"""Ways that pass the host by: vLLM's own, and by memory that the trainer lends to the generator."""
 
 NOTE = "transfer.json"
 LONGEST = 200
@@ -142,10 +141,9 @@ def hindrance(kind: Direct, found: Found) -> str | None:
     lead, own = found.trainers[0], {trainer.device for trainer in found.trainers}
     if not all(sight.device for sight in (*found.trainers, *found.workers)):
         return "it goes from GPU to GPU, and one side computes on a CPU"
-    if kind == "ipc":
-        alone = next((worker.device for worker in found.workers if worker.device not in own), None)
-        return alone and f"no training rank is on the generator's GPU {alone}"
     for worker in found.workers:
+        if kind == "ipc" and worker.device in own:
+            continue
         if worker.device == lead.device:
             return f"rank 0 and the generator are both on GPU {lead.device}, and NCCL wants one each; ipc is for that"
         if worker.device not in lead.listed:
@@ -154,6 +152,8 @@ def hindrance(kind: Direct, found: Found) -> str | None:
             return f"the generator's container does not see the trainer's GPU {lead.device}"
         if worker.device not in lead.peers:
             return f"GPU {lead.device} has no peer access to GPU {worker.device}"
+        if kind == "ipc" and lead.device not in worker.peers:
+            return f"GPU {worker.device} has no peer access to GPU {lead.device}"
     return None
 
 
@@ -164,6 +164,9 @@ def _because(wish: str, kind: Direct) -> str:
 
 
 def _possible(kind: Direct, found: Found) -> str:
-    if kind == "ipc":
+    if kind == "nccl":
+        return f"each side sees the other's GPU, with peer access to {len(found.workers)}"
+    own = {trainer.device for trainer in found.trainers}
+    if all(worker.device in own for worker in found.workers):
         return "trainer and generator share their GPU, and the weights are read where the trainer has them"
-    return f"each side sees the other's GPU, with peer access to {len(found.workers)}"
+    return "the generator's GPU may map the trainer's memory, and reads the weights there"

@@ -1,10 +1,11 @@
-"""Staging without copies on a GPU: tensors are read where they lie, in the trainer's memory, or in the pinned mailbox.
+"""Staging from memory that the trainer lends (`loan`), which passes the host by.
 
-    lent (`Ticket.lent`)    in the memory of this worker's GPU: the training rank's own weights (`loan`)
-    not lent                in the slot of the mailbox: the version that a generator gets back after a restart
+    lent, on this worker's GPU     installed from where it lies: nothing is staged, no memory is taken
+    lent, on another               copied over NVLink to a buffer, cast on the way, beside decoding; installed from there
+    not lent (`Ticket.lent`)       installed from the pinned mailbox's slot: the version that a generator gets back after a restart
 
-The worker sums what it sees and compares that with the trainer's checksums before anything is installed, so memory that was mapped
-wrongly shows here. It takes no memory of its own.
+The worker sums what it is about to install and compares that with the trainer's checksums, so memory that was mapped wrongly shows
+before anything is installed.
 """
 
 from __future__ import annotations
@@ -24,32 +25,37 @@ class BorrowedStaging(Staging):
 
     Args:
         lent: the layout's tensors in the trainer's memory, in any dtype.
+        far: whether that is another GPU's.
     """
 
     on_device = True
 
-    def __init__(self, reader: MailboxReader, worker: int, *, device: torch.device, lent: list[torch.Tensor]) -> None:
+    def __init__(self, reader: MailboxReader, worker: int, *, device: torch.device, lent: list[torch.Tensor], far: bool) -> None:
         super().__init__(reader, worker)
         self._device = device
         self._lent = lent
-        self._lent_sums = self._table(lent)
+        self._far = far
+        self._near = lent
+        if far:
+            buffer = torch.empty(reader.layout.slot_bytes, dtype=torch.uint8, device=device)
+            self._near = [entry.view(buffer) for entry in reader.layout.tensors]
+        self._near_sums = self._table(self._near)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _stage(self, ticket: Ticket) -> None:
         index = 0
         while index < len(self.reader.layout.tensors):
             index = self._arrived(ticket, index)
+        if self._far and ticket.lent:
+            with self._beside():
+                torch._foreach_copy_(self._near, self._lent)
 
     def _check(self, ticket: Ticket) -> None:
-        with self._computing():
-            table = self._lent_sums if ticket.lent else self._table(self.reader.tensors(ticket.slot))
+        with self._beside():
+            table = self._near_sums if ticket.lent else self._table(self.reader.tensors(ticket.slot))
             self.reader.compare(ticket, [value % 2**64 for value in table.compute().tolist()])
 
     def _beside(self) -> AbstractContextManager[object]:
-        return self._computing()
-
-    def _computing(self) -> AbstractContextManager[object]:
-        """This thread's work goes on a stream of its own, beside decoding."""
         if self._stream is None:
             return nullcontext()
         torch.cuda.set_device(self._device)
@@ -57,7 +63,7 @@ class BorrowedStaging(Staging):
         return stream
 
     def content(self, ticket: Ticket) -> list[torch.Tensor]:
-        return self._lent if ticket.lent else self.reader.tensors(ticket.slot)
+        return self._near if ticket.lent else self.reader.tensors(ticket.slot)
 
     def near(self, ticket: Ticket) -> list[torch.Tensor]:
         return self.content(ticket)

@@ -38,11 +38,13 @@ class Way(Protocol):
 
 
 def own_sight(kind: Direct, device: torch.device) -> Sight:
-    """What this rank sees, as far as `kind` depends on it; vLLM brings what asks the driver, so it is imported here."""
-    if kind == "ipc":
-        return Sight(device=gpu_uuid(device))
-    from otj_runtime.weights.vllm_devices import look
-
+    """What this rank sees. vLLM brings what asks the driver; without it, only a GPU that both sides are on can be found."""
+    try:
+        from otj_runtime.weights.vllm_devices import look
+    except ModuleNotFoundError:
+        if kind == "ipc":
+            return Sight(device=gpu_uuid(device))
+        raise
     return look(device)
 
 

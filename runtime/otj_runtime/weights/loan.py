@@ -1,14 +1,14 @@
-"""Weights that the generator reads where the trainer has them: in the memory of the GPU that both are on.
+"""Weights that the generator reads where the trainer has them: in the memory of the GPU that both are on, or of one that its own may map.
 
     trainer  handles(tensors)            CUDA's IPC handles of this rank's tensors, as JSON; once, and again for a generator that restarted
-    worker   borrow(handles, layout)     the same memory, as tensors of its own
+    worker   borrow(loan, layout)        the same memory, as tensors of its own
     trainer  Lender.lend(ticket)         at each push: the weights are final; their checksums -> the mailbox file
-    worker   sums what it sees, compares, installs from there, compares again (`borrowed`)
+    worker   sums what it sees, compares, installs, compares again (`borrowed`)
     trainer  writes the version into its slot beside all that, for a generator that restarts
 
-Nothing is copied before the installation and nothing crosses the bus, so a push takes milliseconds whatever its size. What it trades: the trainer must
-leave its weights as they are until the version is proven (which it does in any case), and only tensors that lie whole in a rank's
-memory can be lent: none that are sharded, or merged for the occasion.
+The host's memory and its bus are passed by, so a push takes milliseconds. What it trades: the trainer must leave its weights as they are until the
+version is proven (which it does in any case), and only tensors that lie whole in a rank's memory can be lent: none that are sharded, or
+merged for the occasion.
 
 The handles are torch's, of its allocator's blocks. They travel as text, never pickled: the generator must not unpickle what a socket brings.
 """
@@ -30,7 +30,7 @@ from otj_runtime.weights.mailbox import MailboxWriter
 
 Handle = dict[str, Any]
 Loan = Mapping[str, Sequence[Handle]]
-"""By the UUID of a GPU: handles of the layout's tensors, in its order, of the rank that is on it."""
+"""By the UUID of a GPU, rank 0's first: handles of the layout's tensors, in its order, of the rank that is on it."""
 
 
 def gpu_uuid(device: torch.device | int) -> str:
@@ -72,7 +72,7 @@ def handles(tensors: Iterable[torch.Tensor]) -> list[Handle]:
 
 
 def _handle(tensor: torch.Tensor) -> Handle:
-    _, handle, size, offset, counter, counter_offset, event, event_needed = tensor.untyped_storage()._share_cuda_()
+    _, handle, size, offset, counter, counter_offset, event, _ = tensor.untyped_storage()._share_cuda_()
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "start": tensor.storage_offset(),
@@ -82,24 +82,23 @@ def _handle(tensor: torch.Tensor) -> Handle:
         "ref_counter_handle": _text(counter),
         "ref_counter_offset": counter_offset,
         "event_handle": _text(event),
-        "event_sync_required": event_needed,
+        "event_sync_required": False,  # each version is waited for before it is lent, and an event of another GPU may not open
     }
 
 
-def borrow(loan: Loan, layout: Layout, device: torch.device) -> list[torch.Tensor]:
-    """The layout's tensors in the memory of the rank that is on the same GPU; to be read only.
+def borrow(loan: Loan, layout: Layout, device: torch.device) -> tuple[list[torch.Tensor], bool]:
+    """The layout's tensors in the memory of the rank on this GPU, else of rank 0 on another; to be read only. And whether it is this GPU.
 
     Raises:
-        MailboxError: if none is, or what it lends does not fit the layout.
+        MailboxError: if what is lent does not fit the layout.
         RuntimeError: if CUDA does not open a handle.
     """
-    found = loan.get(gpu_uuid(device))
-    if found is None:
-        raise MailboxError(f"no training rank lends weights on this worker's GPU {gpu_uuid(device)}, only on {', '.join(loan)}")
+    own = loan.get(gpu_uuid(device))
+    found = own if own is not None else next(iter(loan.values()))
     if len(found) != len(layout.tensors):
         raise MailboxError(f"{len(found)} tensors are lent, the mailbox was made for {len(layout.tensors)}")
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return [_borrowed(handle, entry.shape, index) for handle, entry in zip(found, layout.tensors, strict=True)]
+    return [_borrowed(handle, entry.shape, index) for handle, entry in zip(found, layout.tensors, strict=True)], own is not None
 
 
 def _borrowed(handle: Handle, shape: tuple[int, ...], device: int) -> torch.Tensor:

@@ -152,7 +152,8 @@ class MailboxEngine(WeightTransferEngine):  # type: ignore[misc]
         if not (self.device.type == "cuda" and reader.layout.on_gpu):
             return HostStaging(reader, worker)
         if info.loan is not None:
-            return BorrowedStaging(reader, worker, device=self.device, lent=borrow(info.loan, reader.layout, self.device))
+            lent, here = borrow(info.loan, reader.layout, self.device)
+            return BorrowedStaging(reader, worker, device=self.device, lent=lent, far=not here)
         return DeviceStaging(reader, worker, device=self.device, limit=info.staging_bytes)
 
     def start_weight_update(self) -> None:

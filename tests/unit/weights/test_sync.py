@@ -33,7 +33,8 @@ class LoadingGenerator:
     Attributes:
         lame: installations that are acknowledged and do nothing.
         corrupting: installations after which a parameter does not hold what was staged, by too little for the probe.
-        lent: the trainer's tensors, as a worker on its GPU finds them.
+        lent: the trainer's tensors, as a worker finds them.
+        far: whether on another GPU.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class LoadingGenerator:
         self.lame = 0
         self.corrupting = 0
         self.lent: list[torch.Tensor] = []
+        self.far = False
         self.restart()
 
     def restart(self) -> None:
@@ -68,7 +70,9 @@ class LoadingGenerator:
         if loan is not None and not self.lent:
             raise WeightSyncFailed("init: no handle can be opened", phase="init")
         self.staging = self.from_slots = HostStaging(MailboxReader(Path(path)), worker=0)
-        self.from_trainer = BorrowedStaging(MailboxReader(Path(path)), 0, device=torch.device("cpu"), lent=self.lent) if loan else None
+        self.from_trainer = (
+            BorrowedStaging(MailboxReader(Path(path)), 0, device=torch.device("cpu"), lent=self.lent, far=self.far) if loan else None
+        )
 
     def workers(self) -> int:
         return 1
@@ -263,11 +267,13 @@ def test_a_delta_needs_all_weights_staged(policy: Any, tmp_path: Path, generator
         WeightSync(model=policy, directory=tmp_path, control=control, dtype=DType.FLOAT32, staging_bytes=1 << 20, delta=True)
 
 
-@pytest.fixture
-def lending(policy: Any, tmp_path: Path, generator: LoadingGenerator, monkeypatch: pytest.MonkeyPatch) -> WeightSync:
+@pytest.fixture(params=[False, True], ids=["on-one-gpu", "between-gpus"])
+def lending(
+    policy: Any, tmp_path: Path, generator: LoadingGenerator, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> WeightSync:
     """A sync whose generator reads the policy's own memory: in this process a tensor is its own handle."""
     monkeypatch.setattr(sync_module, "handles", list)
-    generator.lent = lendable(policy_tensors(policy))
+    generator.lent, generator.far = lendable(policy_tensors(policy)), request.param
     sync = _sync(policy, tmp_path, generator)
     sync.lend()
     return sync
