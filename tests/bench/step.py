@@ -2,6 +2,7 @@
 
     python -m tests.bench.step --device cpu --bf16 --model build/models/SmolLM2-135M-Instruct     # bar: 2 x TRL
     python -m tests.bench.step --device cuda                                               # one card, shared by both processes
+    python -m tests.bench.step --device cuda --generator-gpu 1                             # one card trains, the other generates
 
 Each configuration runs in a process of its own, because a vLLM in the process leaves memory behind. Without --model the parent makes
 one with random weights of the 1.5B Qwen2 shape and a tokenizer of bytes; nothing is downloaded. A step is the time from the end
@@ -12,6 +13,11 @@ TRL runs twice with vLLM in its process (at 0.3 of the memory, float32 master we
 micro-batch 16, and without checkpointing and micro-batch 8; larger ones run out of memory, because its logits are whole. The better one
 counts. Ours needs no checkpointing at 16, because logits exist in chunks. On a CPU each side may do better with or without --bf16, and with
 --attention eager; TRL generates under autocast too, which casts all weights again for each token.
+
+With a second card for the generator TRL runs in vLLM server mode, with the same two ways of training, and both sides' vLLM gets 0.8 of the card that
+it has for itself. Every trainer is one process on the first card. `overlap` is a step at staleness 1 by the longer of its two sides; where
+generation is the longer one, a generation is asked for while the one before still decodes, so that its seconds hold a wait. `overlap_alone`
+divides by the sides of the on-policy run instead, where neither does anything beside the other.
 """
 
 from __future__ import annotations
@@ -21,16 +27,21 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.bench.report import Bar, conclude, machine, table
+
+if TYPE_CHECKING:  # the rest of the product is imported where it is used: `make_model` runs where neither it nor TRL is installed yet
+    from tests.bench.trl_server import TRLServer
 
 PAD = 256
 """Token of the random model that fills rows; the next one ends completions."""
@@ -57,6 +68,8 @@ class Workload:
         micro_batch: completions of one forward pass.
         warm_up: steps that do not count.
         memory: share of the card's memory for vLLM.
+        generator_gpu: the card that generates; the first one, 0, trains.
+        transfer: how our weights shall reach the generator, a `vllm_weight_transfer`.
         bf16: train under bfloat16 autocast, and let vLLM compute in bfloat16.
         attention: transformers' implementation, for training and for its generation.
     """
@@ -71,6 +84,8 @@ class Workload:
     steps: int
     warm_up: int = 2
     memory: float = 0.3
+    generator_gpu: int = 0
+    transfer: str = "auto"
     bf16: bool = False
     attention: str = "sdpa"
 
@@ -78,6 +93,16 @@ class Workload:
     def completions(self) -> int:
         """Completions of a step."""
         return self.prompts * self.group
+
+    @property
+    def longest(self) -> int:
+        """Tokens that vLLM has to have room for in one sequence."""
+        return self.prompt_tokens + self.completion_tokens + (0 if self.device == "cuda" else 64)
+
+    @property
+    def vllm_dtype(self) -> str:
+        """What vLLM computes in."""
+        return "bfloat16" if self.bf16 else "float32"
 
     def arguments(self) -> dict[str, Any]:
         """Arguments that both trainers know by the same name."""
@@ -107,9 +132,29 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ours, transformers": {"use_vllm": False},
     "TRL, vLLM colocate": {"use_vllm": True, "gradient_checkpointing": True},
     "TRL, vLLM colocate, micro-batch 8": {"use_vllm": True, "per_device_train_batch_size": 8},
+    "TRL, vLLM server": {"use_vllm": True, "gradient_checkpointing": True},
+    "TRL, vLLM server, micro-batch 8": {"use_vllm": True, "per_device_train_batch_size": 8},
     "TRL, transformers": {"use_vllm": False, "gradient_checkpointing": True},
 }
-COLOCATED = [name for name in CONFIGURATIONS if name.startswith("TRL, vLLM")]
+COLOCATED = [name for name in CONFIGURATIONS if name.startswith("TRL, vLLM colocate")]
+SERVED = [name for name in CONFIGURATIONS if name.startswith("TRL, vLLM server")]
+OURS = "ours, vLLM"
+AHEAD = "ours, vLLM, staleness 1"
+
+SHARED_MEMORY, OWN_MEMORY = 0.3, 0.8
+"""Shares of a card's memory for vLLM where training needs the rest, and where it has the card for itself."""
+
+
+def possible(*, device: str, generator_gpu: int) -> list[str]:
+    """Configurations that fit the cards. On a CPU TRL can only generate with transformers: its ways to vLLM both need a GPU."""
+    without = [] if generator_gpu else SERVED
+    without = without + ([] if device == "cuda" and not generator_gpu else COLOCATED)
+    return [name for name in CONFIGURATIONS if name not in without]
+
+
+def default_names(*, device: str, generator_gpu: int) -> list[str]:
+    """Those of them that are run where none is asked for: a second card only changes those that have a generator for it."""
+    return [name for name in possible(device=device, generator_gpu=generator_gpu) if not generator_gpu or CONFIGURATIONS[name]["use_vllm"]]
 
 
 def make_model(folder: Path) -> None:
@@ -147,8 +192,8 @@ def random_reward(completions: list[Any], **_: Any) -> list[float]:
     return [random.random() for _ in completions]
 
 
-def build_trainer(name: str, work: Workload, output: Path) -> Any:
-    """The trainer of configuration `name`."""
+def build_trainer(name: str, work: Workload, output: Path, *, server: TRLServer | None) -> Any:
+    """The trainer of configuration `name`; `server` generates for those of `SERVED`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
@@ -163,7 +208,9 @@ def build_trainer(name: str, work: Workload, output: Path) -> Any:
         from trl import GRPOConfig as TheirConfig
         from trl import GRPOTrainer as TheirTrainer
 
-        if arguments["use_vllm"]:
+        if server is not None:
+            arguments |= server.arguments()
+        elif arguments["use_vllm"]:
             arguments |= {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": work.memory}
         data = Dataset.from_list(rows)
         return TheirTrainer(
@@ -173,16 +220,15 @@ def build_trainer(name: str, work: Workload, output: Path) -> Any:
     from otj_runtime.train.grpo import GRPOTrainer
 
     if arguments["use_vllm"] and cuda:
-        arguments |= {"vllm_device": "cuda:0", "vllm_gpu_memory_utilization": work.memory}
+        arguments |= {"vllm_device": f"cuda:{work.generator_gpu}", "vllm_gpu_memory_utilization": work.memory}
     if arguments["use_vllm"]:
-        arguments |= {"vllm_dtype": "bfloat16" if work.bf16 else "float32"}
-        arguments |= {"vllm_max_model_len": work.prompt_tokens + work.completion_tokens + (0 if cuda else 64)}
+        arguments |= {"vllm_dtype": work.vllm_dtype, "vllm_max_model_len": work.longest, "vllm_weight_transfer": work.transfer}
     return GRPOTrainer(
         model=work.model, reward_funcs=random_reward, args=GRPOConfig(**arguments), train_dataset=rows, processing_class=tokenizer
     )
 
 
-def run_child(name: str, work: Workload, result: Path) -> None:
+def run_child(name: str, work: Workload, result: Path, *, server: TRLServer | None) -> None:
     """Train, and write when each step ended and what the trainer logged."""
     import torch
     from transformers import TrainerCallback
@@ -197,7 +243,7 @@ def run_child(name: str, work: Workload, result: Path) -> None:
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as output:
-        trainer = build_trainer(name, work, Path(output))
+        trainer = build_trainer(name, work, Path(output), server=server)
         trainer.add_callback(Clock())
         trainer.train()
     logs = [line for line in trainer.state.log_history if "loss" in line]
@@ -210,7 +256,8 @@ def run_child(name: str, work: Workload, result: Path) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """One configuration's figures; seconds, and all that the trainer logged, are medians over the steps that count."""
+    """One configuration's figures; seconds, and all that the trainer logged, are medians over the steps that count. `transfer` is
+    the way that its weights took, in our trainer's words."""
 
     step: float
     generate: float | None
@@ -218,21 +265,67 @@ class Measured:
     tokens: float
     trainer_gib: float
     logged: dict[str, float]
+    transfer: str | None = None
+
+    def cell(self, metric: str) -> str:
+        """A logged metric for the table."""
+        return f"{self.logged[metric]:.3g}" if metric in self.logged else "-"
+
+    def longer_side(self) -> float | None:
+        """Seconds of the longer one of generation and training; None where the trainer logs only one of them, or neither."""
+        train = self.logged.get("time/train")
+        return None if self.generate is None or train is None else max(self.generate, train)
 
 
 def measure(name: str, work: Workload, *, timeout_s: float) -> Measured | None:
-    """Run one configuration; None, with the end of its log, if it failed."""
+    """Run one configuration; None, with the end of its logs, if it failed."""
+    from tests.bench.trl_server import ServerFailed, rendezvous_environment, serving
+
     with tempfile.TemporaryDirectory() as folder:
-        result, log = Path(folder) / "result.json", Path(folder) / "log"
+        result, log, server_log = (Path(folder) / file for file in ("result.json", "log", "server.log"))
         command = [sys.executable, "-m", "tests.bench.step", "--child", name, "--work", json.dumps(asdict(work)), "--result", str(result)]
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        if name.startswith("TRL") and work.device == "cuda":
+            # TRL refuses to train where it sees more than one GPU; our trainer takes the first by itself.
+            environment |= {"CUDA_VISIBLE_DEVICES": visible_gpu(0)}
         try:
-            with log.open("w") as out:
+            with ExitStack() as stack:
+                if name in SERVED:
+                    server = stack.enter_context(
+                        serving(
+                            model=work.model,
+                            visible=visible_gpu(work.generator_gpu),
+                            memory=work.memory,
+                            max_model_len=work.longest,
+                            dtype=work.vllm_dtype,
+                            log=server_log,
+                        )
+                    )
+                    command += ["--server", json.dumps(asdict(server))]
+                    environment |= rendezvous_environment()
+                out = stack.enter_context(log.open("w"))
                 subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, timeout=timeout_s, check=True)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            print(f"{name}: {type(error).__name__}; the end of its log:\n{log.read_text()[-3000:]}", file=sys.stderr)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired, ServerFailed) as error:
+            print(f"{name}: {type(error).__name__}{f': {error}' if isinstance(error, ServerFailed) else ''}", file=sys.stderr)
+            for side, file in (("trainer", log), ("server", server_log)):
+                if file.exists():
+                    print(f"the end of the {side}'s log:\n{file.read_text(errors='replace')[-3000:]}", file=sys.stderr)
             return None
-        return summarize(json.loads(result.read_text()), work, ahead=int(CONFIGURATIONS[name].get("staleness", 0)))
+        found = summarize(json.loads(result.read_text()), work, ahead=int(CONFIGURATIONS[name].get("staleness", 0)))
+        return replace(found, transfer=chosen_transfer(log.read_text(errors="replace")))
+
+
+def visible_gpu(gpu: int) -> str:
+    """CUDA_VISIBLE_DEVICES that leaves one GPU, by its number among those that this process sees."""
+    from otj_runtime.train.devices import Placement, visible_devices
+
+    return visible_devices(Placement((gpu,)), inherited=os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def chosen_transfer(log: str) -> str | None:
+    """What our trainer printed last of the weights' way. Transformers' progress bars begin with "Loading weights: ", on a line that may not end."""
+    found = re.findall(r"weights: ((?:mailbox|delta|adapter|nccl|ipc)\b.*)", log)
+    return str(found[-1]) if found else None
 
 
 def summarize(found: dict[str, Any], work: Workload, *, ahead: int) -> Measured:
@@ -263,26 +356,69 @@ def report(work: Workload, results: dict[str, Measured], json_file: Path | None)
             found.step,
             work.completions / found.step,
             "-" if found.generate is None else f"{found.generate:.3g}",
+            found.cell("time/train"),
             "-" if found.sync is None else f"{found.sync:.3g}",
+            found.cell("idle/trainer"),
+            found.cell("idle/generator"),
             found.tokens,
             found.trainer_gib,
         ]
         for name, found in results.items()
     ]
-    print(f"{machine()}\n{work.completions} completions of up to {work.completion_tokens} tokens after {work.prompt_tokens}, {work.device}")
-    print(table(["configuration", "s/step", "samples/s", "generate s", "sync s", "tokens", "trainer GiB"], rows))
-    ours = [results[name].step for name in ("ours, vLLM", "ours, vLLM, staleness 1") if name in results]
+    cards = f", GPU 0 trains and GPU {work.generator_gpu} generates" if work.generator_gpu else ""
+    print(f"{machine()}{cards}")
+    print(f"{work.completions} completions of up to {work.completion_tokens} tokens after {work.prompt_tokens}, {work.device}")
+    header = [
+        "configuration",
+        "s/step",
+        "samples/s",
+        "generate s",
+        "train s",
+        "sync s",
+        "trainer idle",
+        "generator idle",
+        "tokens",
+        "trainer GiB",
+    ]
+    print(table(header, rows))
+    for name, found in results.items():
+        if name in (OURS, AHEAD):  # the trainer of a bare machine says nothing where it takes the mailbox without trying another way
+            print(f"{name}: weights: {found.transfer or 'mailbox (the trainer printed nothing)'}")
+    ours = [results[name].step for name in (OURS, AHEAD) if name in results]
     figures = {f"step_s[{name}]": found.step for name, found in results.items()}
     bars = []
     for names, figure, limit in (
-        (COLOCATED, "times_trl_vllm", 1.5),
+        ([*COLOCATED, *SERVED], "times_trl_vllm", 1.5),
         (["TRL, transformers"], "times_trl_transformers", 3.5 if work.device == "cuda" else 2.0),
     ):
         theirs = [results[name].step for name in names if name in results]
         if theirs and ours:
             figures[figure] = min(theirs) / min(ours)
             bars.append(Bar(figure, limit, at_least=True))
+    for figure, sides in (("overlap", AHEAD), ("overlap_alone", OURS)):
+        if AHEAD in results and sides in results and (longer := results[sides].longer_side()) is not None:
+            figures[figure] = results[AHEAD].step / longer
+            print(
+                f"{figure}: {results[AHEAD].step:.3g} s at staleness 1 / {longer:.3g} s of the longer side of {sides!r} = {figures[figure]:.3g}"
+            )
+    if work.generator_gpu and "overlap" in figures:  # on a shared card the two sides take each other's time
+        bars.append(Bar("overlap", 1.10, at_least=False))
     return conclude("step", figures, bars, json_file=json_file, workload=asdict(work), results={n: asdict(r) for n, r in results.items()})
+
+
+def check_generator_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a message if the machine has no such GPU, or a configuration does not fit it."""
+    gpu = options.generator_gpu
+    if gpu:
+        import torch
+
+        found = torch.cuda.device_count() if options.device == "cuda" else 0
+        if not 0 <= gpu < found:
+            parser.error(f"--generator-gpu {gpu}: --device {options.device} has {found} GPU{'s' * (found != 1)} here, numbered from 0")
+    fitting = possible(device=options.device, generator_gpu=gpu)
+    for name in options.only or []:
+        if name not in fitting:
+            parser.error(f"--only {name!r} does not run with --device {options.device} --generator-gpu {gpu}")
 
 
 def main() -> int:
@@ -301,15 +437,28 @@ def main() -> int:
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast on a CPU as well; a GPU always trains so")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="transformers' implementation of attention")
-    parser.add_argument("--memory", type=float, default=0.3, help="share of the card's memory for vLLM")
+    parser.add_argument("--generator-gpu", type=int, default=0, help="the GPU that generates; the first one, 0, trains")
+    parser.add_argument(
+        "--transfer", choices=["auto", "mailbox", "nccl", "ipc"], default="auto", help="how our weights reach the generator"
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        help=f"share of the card's memory for vLLM; default: {SHARED_MEMORY}, and {OWN_MEMORY} where the generator has a GPU for itself",
+    )
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one configuration")
     parser.add_argument("--json", type=Path)
-    for name in ("--child", "--work", "--result"):
+    for name in ("--child", "--work", "--result", "--server"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        run_child(options.child, Workload(**json.loads(options.work)), Path(options.result))
+        from tests.bench.trl_server import TRLServer
+
+        server = TRLServer(**json.loads(options.server)) if options.server else None
+        run_child(options.child, Workload(**json.loads(options.work)), Path(options.result), server=server)
         return 0
+    check_generator_gpu(parser, options)
+    names = options.only or default_names(device=options.device, generator_gpu=options.generator_gpu)
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:  # in a process of its own, which gives the card's memory back
             maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(Path(folder),))
@@ -325,12 +474,12 @@ def main() -> int:
             completion_tokens=options.completion_tokens or (256 if cuda else 64),
             micro_batch=options.micro_batch,
             steps=options.steps,
-            memory=options.memory,
+            memory=options.memory or (OWN_MEMORY if options.generator_gpu else SHARED_MEMORY),
+            generator_gpu=options.generator_gpu,
+            transfer=options.transfer,
             bf16=cuda or options.bf16,
             attention=options.attention,
         )
-        # vLLM inside the trainer's process needs a GPU: on a CPU, TRL can only generate with transformers.
-        names = options.only or [name for name in CONFIGURATIONS if cuda or name not in COLOCATED]
         results = {name: found for name in names if (found := measure(name, work, timeout_s=options.timeout)) is not None}
     return 0 if report(work, results, options.json) and len(results) == len(names) else 1
 

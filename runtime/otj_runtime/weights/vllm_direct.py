@@ -29,6 +29,7 @@ from otj_runtime.api import DType
 from otj_runtime.weights.composed import whole
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.direct import Conversation
+from otj_runtime.weights.errors import WeightSyncFailed
 from otj_runtime.weights.tensors import policy_tensors
 
 
@@ -108,10 +109,25 @@ class DirectChannel:
         )
         client = Client(control, conversation)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+        require_nccl(self._engine.model_update_group)
 
     def send(self) -> None:
         """Send all weights and install them."""
         self._engine.send_weights()
+
+
+def require_nccl(group: Any) -> None:
+    """Refuse a group that sends nothing: where vLLM cannot load its NCCL it says so nowhere, and every transfer is of zeros.
+
+    Raises:
+        WeightSyncFailed: if it could not. A rank that does not send has no group.
+    """
+    if group is not None and group.disabled:
+        raise WeightSyncFailed(
+            "init: vLLM cannot load NCCL here (it is missing, or older than this vLLM wants), so nothing would be sent; let VLLM_NCCL_SO_PATH name "
+            "a newer libnccl.so.2",
+            phase="init",
+        )
 
 
 def _free_port() -> int:

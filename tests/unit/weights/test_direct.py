@@ -99,7 +99,7 @@ def server(policy: Any) -> Iterator[Server]:
 def broadcast(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tensor]]:
     """vLLM's engine without NCCL; what it would have sent."""
     sent: list[tuple[str, torch.Tensor]] = []
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(destroy=lambda: None))
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(destroy=lambda: None, disabled=False))
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **_: sent.extend(iterator))
     return sent
 
@@ -345,6 +345,16 @@ def test_an_nccl_that_does_not_come_up_leaves_the_mailbox(
     chosen.push(0)
     assert mailbox.version == 0
     assert "unhandled cuda error" in told[0].reason
+
+
+def test_an_nccl_that_vllm_could_not_load_and_would_send_zeros_leaves_the_mailbox(
+    server: Server, broadcast: list[tuple[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(destroy=lambda: None, disabled=True))
+    chosen, told = _chosen("nccl", server, mailbox := Mailbox())
+    chosen.push(0)
+    assert (mailbox.version, broadcast) == (0, [])
+    assert "vLLM cannot load NCCL here" in told[0].reason
 
 
 def test_a_trainer_without_vllm_takes_the_mailbox(server: Server) -> None:
