@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -83,6 +84,28 @@ class Generator:
             if ended or time.monotonic() > end:
                 raise AssertionError(f"the generator {'ended' if ended else 'did not answer'}:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.5)
+
+    def engines(self) -> list[int]:
+        """Process ids of its engines, by their number."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                try:
+                    name, group = (folder / "cmdline").read_bytes().split(b"\0")[0], os.getpgid(int(folder.name))
+                except OSError:
+                    continue
+                if re.fullmatch(rb"VLLM::EngineCore(_DP\d+)?", name.strip()) and group == self.group:
+                    found.append((name, int(folder.name)))
+        return [number for _, number in sorted(found)]
+
+    def wait_ended(self, *, seconds: float) -> None:
+        """Return when it has ended by itself.
+
+        Raises:
+            subprocess.TimeoutExpired: if it does not.
+        """
+        assert self._process is not None
+        self._process.wait(seconds)
 
     def kill(self) -> None:
         """End the server and everything it started, as a lost container would."""

@@ -98,7 +98,7 @@ def test_when_one_engine_dies_all_start_anew_and_get_the_current_version(server:
     _perturb(policy)
     _push_proven(connection, server, 3)
     scores = server.control.score(PROMPTS)
-    os.kill(_engines(server)[1], signal.SIGKILL)
+    os.kill(server.engines()[1], signal.SIGKILL)
     end = time.monotonic() + 60
     while server.control.healthy():
         assert time.monotonic() < end, "vLLM goes on with an engine less"
@@ -110,17 +110,3 @@ def test_when_one_engine_dies_all_start_anew_and_get_the_current_version(server:
     groups = connection.engine.generate(PROMPTS, SAMPLING, policy_version=3)  # its first answers are of dummy weights
     assert {completion.policy_version for group in groups for completion in group} == {3}
     assert server.control.score(PROMPTS) == scores
-
-
-def _engines(server: Generator) -> list[int]:
-    """Process ids of the server's engines, by their number."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                name, group = (folder / "cmdline").read_bytes().split(b"\0")[0], os.getpgid(int(folder.name))
-            except OSError:
-                continue
-            if re.fullmatch(rb"VLLM::EngineCore_DP\d+", name) and group == server.group:
-                found.append((name, int(folder.name)))
-    return [number for _, number in sorted(found)]

@@ -6,12 +6,15 @@ import copy
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +221,20 @@ def test_a_restarted_generator_gets_the_current_version_back_from_the_mailbox(ti
     sync.reinstall()  # nothing to do
     sync.push(61)
     assert _proven(sync, 61) <= EXACT_BOUND
+
+
+def test_when_the_engine_dies_the_call_that_it_was_to_answer_ends_and_the_server_after_it(tied_server: Generator) -> None:
+    (engine,) = tied_server.engines()
+    os.kill(engine, signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(tied_server.control.install, 5)
+        time.sleep(1)  # for the call to be with the engine
+        assert not waiting.done()
+        os.kill(engine, signal.SIGKILL)
+        with pytest.raises(WeightSyncFailed, match=r"/otj/install with 500: the engine has died|no connection"):
+            waiting.result(30)
+    tied_server.wait_ended(seconds=30)
+    tied_server.start()
 
 
 def test_deltas_arrive_as_whole_weights_do_and_come_back_after_a_restart(tied_server: Generator) -> None:

@@ -12,12 +12,17 @@ sampled from. Prefixes in the cache are forgotten, so that no request which star
 
     GET /otj/devices               ->  what each worker can see of the GPUs, by which the trainer judges the ways to it
 
+A call that an engine is to answer never ends where that engine dies: vLLM fails the requests for completions and nothing else, and its server,
+which ends then, waits for all calls first. So calls on the way to the engine end with it (`EndWithEngine`): the trainer learns of it at once, and the
+server's container restarts.
+
 Two of vLLM's own doors are used: the entry points `vllm.general_plugins`, which adds a method to the engine, and
 `vllm.endpoint_plugins`, which adds the route and is open only to plugins that VLLM_PLUGINS names.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from argparse import Namespace
 from concurrent.futures import Future
@@ -25,6 +30,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
+from fastapi.responses import JSONResponse
 from vllm.v1.engine.core import EngineCore
 
 from otj_runtime.weights.vllm_devices import look
@@ -33,14 +39,57 @@ METHOD = "otj_install_weights"
 LOOK = "otj_look"
 
 
+LOOK_SECONDS = 0.5
+CONTROL = {
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/update_weights",
+    "/otj/install",
+    "/otj/devices",
+    "/pause",
+    "/resume",
+    "/reset_prefix_cache",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+}
+"""Routes that wait for the engine and go on waiting when it is dead."""
+
+
+class EndWithEngine:
+    """ASGI middleware: a call of a control route ends with 500 when the engine dies.
+
+    Args:
+        app: what answers.
+        server: the application, whose state holds the engine's client once it is there.
+    """
+
+    def __init__(self, app: Any, *, server: FastAPI) -> None:
+        self._app = app
+        self._server = server
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass the call on."""
+        if scope["type"] != "http" or scope["path"] not in CONTROL:
+            await self._app(scope, receive, send)
+            return
+        answer = asyncio.ensure_future(self._app(scope, receive, send))
+        while not (await asyncio.wait({answer}, timeout=LOOK_SECONDS))[0]:
+            if self._server.state.engine_client.errored:
+                answer.cancel()
+                await JSONResponse({"error": {"message": "the engine has died"}}, status_code=500)(scope, receive, send)
+                return
+        await answer
+
+
 class InstallEndpoint:
-    """vLLM's endpoint plugin: the route."""
+    """vLLM's endpoint plugin: the routes."""
 
     name = "otj_mailbox"
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the route."""
+        """Add the routes."""
+        app.add_middleware(EndWithEngine, server=app)
 
         @app.post("/otj/install")
         async def install(request: Request, version: Annotated[str, Body(embed=True)]) -> dict[str, float]:
