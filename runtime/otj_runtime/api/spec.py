@@ -107,8 +107,8 @@ class GenerationSpec(ApiModel):
         "auto",
         description="How weights reach the generator after a step: mailbox sends all through shared memory, delta only what changed, for a "
         "copy of the weights in the training accelerators' memory; ipc lets the generator read them where the trainer has them, on a GPU that "
-        "both share; nccl is vLLM's own, between GPUs that may reach each other. Both are tried at start, else mailbox. Of these, auto takes ipc "
-        "where it can. progress.weightTransfer says what was chosen and why. Default: auto.",
+        "both share or that the generator's may map; nccl is vLLM's own, between GPUs. Both are tried at start, else mailbox. Of these, auto takes "
+        "ipc where it can. progress.weightTransfer says what was chosen and why. Default: auto.",
     )
     enable_prefix_caching: bool = Field(True, description="Keep the keys and values of shared prompts between requests. Default: true.")
     extra_args: list[Annotated[str, Field(max_length=4096)]] = Field(

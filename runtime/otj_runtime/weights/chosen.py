@@ -3,6 +3,7 @@
     candidate         by what was asked for, and by what `auto` can use: `pod.transfer.candidate`
     look              what each rank and each worker see of the GPUs -> `pod.transfer.settle`
     meet              NCCL's rendezvous, or the workers open the memory that the ranks lend; what fails here leaves the generator as it was
+    first push        of weights that are lent: a link that passes wrong bytes shows in their checksums
     mailbox           whatever of this does not succeed, with the reason in the status
 
 The probe runs in the trainer, because it alone knows when both sides are up, and at the first push, because only then the generator must answer.
@@ -18,7 +19,7 @@ import torch
 from otj_runtime.pod.transfer import Direct, Found, Sight, Transfer, candidate, fallback, settle
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.direct import DirectSync
-from otj_runtime.weights.errors import WeightSyncFailed
+from otj_runtime.weights.errors import MailboxError, WeightSyncFailed
 from otj_runtime.weights.loan import gpu_uuid
 from otj_runtime.weights.ranks import Ranks
 from otj_runtime.weights.sync import SYNC_SECONDS, Proof, SyncReport, WeightSync
@@ -93,8 +94,19 @@ class ChosenSync:
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`; the first time, choose the way. Collective."""
         if self._way is None:
-            self._way = self._choose()
+            self._way, lent = self._choose()
+            if lent:
+                return self._push_lent(version)
         return self._way.push(version)
+
+    def _push_lent(self, version: int) -> SyncReport:
+        """The first push of lent weights; through the mailbox, if it fails."""
+        try:
+            return self._mailbox.push(version)
+        except (WeightSyncFailed, MailboxError) as error:  # the same on every rank
+            self._mailbox.take_back()
+            self._announce(fallback(self._wish, "ipc", str(error)))
+        return self._mailbox.push(version)
 
     def proven(self, version: int) -> Proof:
         """See `WeightSync` and `DirectSync`. Collective."""
@@ -109,11 +121,12 @@ class ChosenSync:
             raise WeightSyncFailed(f"{phase}: nothing was pushed yet", phase=phase)
         return self._way
 
-    def _choose(self) -> Way:
+    def _choose(self) -> tuple[Way, bool]:
+        """The way, and whether weights are lent on it. Collective."""
         device = next(self._model.parameters()).device
         kind = candidate(self._wish, room=self._wish != "auto" or self._mailbox.has_room(), on_gpu=device.type == "cuda")
         if kind is None:
-            return self._mailbox
+            return self._mailbox, False
         self._ranks = ranks = Ranks(timeout_s=self._ready_timeout_s + SYNC_SECONDS)
         way: Way = self._mailbox
         try:
@@ -121,12 +134,15 @@ class ChosenSync:
             if transfer.kind == kind:
                 way = self._open(kind)
             elif self._wish == "auto" and kind == "ipc":  # GPUs of their own, as was announced
-                return way
+                return way, False
         except WeightSyncFailed as error:  # the same on every rank
             transfer = fallback(self._wish, kind, str(error))
-        if ranks.rank == 0:
+        self._announce(transfer)
+        return way, transfer.kind == "ipc"
+
+    def _announce(self, transfer: Transfer) -> None:
+        if self._ranks is not None and self._ranks.rank == 0:
             self._tell(transfer)
-        return way
 
     def _open(self, kind: Direct) -> Way:
         if kind == "ipc":

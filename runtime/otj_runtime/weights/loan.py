@@ -33,9 +33,9 @@ Loan = Mapping[str, Sequence[Handle]]
 """By the UUID of a GPU, rank 0's first: handles of the layout's tensors, in its order, of the rank that is on it."""
 
 
-def gpu_uuid(device: torch.device | int) -> str:
+def gpu_uuid(device: torch.device) -> str:
     """The GPU's name for both sides, whatever number CUDA_VISIBLE_DEVICES gives it; empty for a CPU."""
-    if isinstance(device, torch.device) and device.type != "cuda":
+    if device.type != "cuda":
         return ""
     return str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
 

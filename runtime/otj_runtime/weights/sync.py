@@ -209,10 +209,14 @@ class WeightSync:
         try:
             ranks.lead(introduce, phase="lend")
         except WeightSyncFailed:
-            self._installer.loan = None
-            self._installer.forget()
+            self.take_back()
             raise
         self._lends = True
+
+    def take_back(self) -> None:
+        """Lend nothing any more: from now on everything goes through the mailbox. On every rank."""
+        self._lends, self._installer.loan = False, None
+        self._installer.forget()
 
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`. Collective.

@@ -237,9 +237,10 @@ def test_a_generator_that_does_not_answer_the_meeting_is_not_asked_for_another(s
 class Mailbox:
     """Stands in for the way that is always possible."""
 
-    def __init__(self, *, room: bool = True, stingy: bool = False) -> None:
+    def __init__(self, *, room: bool = True, stingy: bool = False, garbled: bool = False) -> None:
         self.room = room
         self.stingy = stingy
+        self.garbled = garbled
         self.lends = False
         self.version: int | None = None
 
@@ -251,7 +252,12 @@ class Mailbox:
             raise WeightSyncFailed("lend: bias is made for each push", phase="lend")
         self.lends = True
 
+    def take_back(self) -> None:
+        self.lends = False
+
     def push(self, version: int) -> str:
+        if self.lends and self.garbled:
+            raise WeightSyncFailed("update: worker 0: tensor norm of version 0 does not fit its checksum", phase="update")
         self.version = version
         return "by mailbox"
 
@@ -299,6 +305,16 @@ def test_weights_that_cannot_be_lent_go_through_the_mailbox(server: Server) -> N
     chosen.push(0)
     assert (mailbox.lends, mailbox.version) == (False, 0)
     assert told[0].reason == "ipc was asked for, but ipc is not possible: lend: bias is made for each push"
+
+
+def test_a_link_that_passes_wrong_bytes_is_given_up_at_the_first_push(server: Server) -> None:
+    server.sight = THERE
+    chosen, told = _chosen("ipc", server, mailbox := Mailbox(garbled=True))
+    for version in range(2):
+        chosen.push(version)
+    assert (mailbox.lends, mailbox.version) == (False, 1)
+    assert [transfer.kind for transfer in told] == ["ipc", "mailbox"]
+    assert told[1].reason.startswith("ipc was asked for, but ipc is not possible: update: worker 0: tensor norm")
 
 
 def test_auto_asks_nothing_where_the_mailbox_fits(server: Server) -> None:
