@@ -17,8 +17,9 @@ from pathlib import Path
 
 import aiohttp
 
+from otj_runtime.pod.ports import free_port
 from tests.cluster.host import REPOSITORY
-from tests.contract.apiserver import ApiServer, free_ports
+from tests.contract.apiserver import ApiServer
 
 SYSTEM = "online-training-system"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -91,7 +92,7 @@ def environment(server: ApiServer, *, name: str, url: str | None = None) -> dict
 @contextmanager
 def operator(server: ApiServer, *, name: str = "bench", progress_seconds: float = 5.0, url: str | None = None) -> Iterator[Running]:
     """An operator with the rights of install.yaml."""
-    (port,) = free_ports(1)
+    port = free_port()
     command = [sys.executable, "-m", "otj_operator", *arguments(identity=name, port=port, progress_seconds=progress_seconds)]
     with (server.folder / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(command, env=environment(server, name=name, url=url), stdout=log, stderr=log, cwd=REPOSITORY)
@@ -137,7 +138,7 @@ class Zygote:
 @contextmanager
 def zygote(server: ApiServer) -> Iterator[Zygote]:
     """A process that has imported the operator and waits."""
-    (port,) = free_ports(1)
+    port = free_port()
     with (server.folder / "bench.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", _ZYGOTE],

@@ -395,14 +395,11 @@ def report(work: Workload, results: dict[str, Measured], json_file: Path | None)
         if theirs and ours:
             figures[figure] = min(theirs) / min(ours)
             bars.append(Bar(figure, limit, at_least=True))
-    for figure, sides in (("overlap", AHEAD), ("overlap_alone", OURS)):
-        if AHEAD in results and sides in results and (longer := results[sides].longer_side()) is not None:
-            figures[figure] = results[AHEAD].step / longer
-            print(
-                f"{figure}: {results[AHEAD].step:.3g} s at staleness 1 / {longer:.3g} s of the longer side of {sides!r} = {figures[figure]:.3g}"
-            )
-    if work.generator_gpu and "overlap" in figures:  # on a shared card the two sides take each other's time
-        bars.append(Bar("overlap", 1.10, at_least=False))
+    longer = results[OURS].longer_side() if OURS in results else None
+    if AHEAD in results and longer is not None:
+        figures["overlap"] = results[AHEAD].step / longer
+        if work.generator_gpu:  # on a shared card the two sides take each other's time
+            bars.append(Bar("overlap", 1.10, at_least=False))
     return conclude("step", figures, bars, json_file=json_file, workload=asdict(work), results={n: asdict(r) for n, r in results.items()})
 
 

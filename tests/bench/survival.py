@@ -20,11 +20,12 @@ from typing import Any
 
 from otj_operator.kube import JOBS, ONLINE_TRAINING_JOBS, PODS
 from otj_operator.main import LOST_LEASE
+from otj_runtime.pod.ports import free_port
 from tests.bench.churn import Churn
 from tests.bench.load import Api, until_async
 from tests.bench.operators import SYSTEM, Running, arguments, environment
 from tests.cluster.host import REPOSITORY
-from tests.contract.apiserver import ApiServer, controllers, free_ports
+from tests.contract.apiserver import ApiServer, controllers
 from tests.contract.proxy import Proxy, proxy
 
 Row = dict[str, Any]
@@ -38,7 +39,7 @@ class Supervised:
     """An operator that is started again when it ends, as the kubelet does."""
 
     def __init__(self, server: ApiServer, *, name: str, url: str, restart: bool = True, resync_seconds: float = RESYNC_SECONDS) -> None:
-        (self._port,) = free_ports(1)
+        self._port = free_port()
         self._environment = environment(server, name=name, url=url)
         options = [*arguments(identity=name, port=self._port, progress_seconds=5.0), "--resync-seconds", str(resync_seconds)]
         self._command = [sys.executable, "-m", "otj_operator", *options]

@@ -23,7 +23,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qw
 from otj_runtime.api import DType, OnlineTrainingJob
 from otj_runtime.pod.commands import PROBE_ROOM, generator_command, generator_environment
 from otj_runtime.pod.config import Layout, PodConfig, resolve
+from otj_runtime.pod.ports import free_port
 from otj_runtime.pod.transfer import Transfer
 from otj_runtime.train.generator import Generator, make_weights
 from otj_runtime.weights.chosen import Way
@@ -301,13 +301,6 @@ def serving(bench: Bench, model: Path, dtype: DType, folder: Path) -> Iterator[P
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

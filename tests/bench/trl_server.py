@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from otj_runtime.pod.ports import free_ports
 from otj_runtime.weights.control import GeneratorControl
 
 HOST = "127.0.0.1"
@@ -123,15 +123,3 @@ def _end(shim: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(shim.pid, signal.SIGKILL)
         shim.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-import socket
 import ssl
 import subprocess
 import time
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from otj_runtime.pod.ports import free_ports
 from tests.cluster.binaries import binaries
 from tests.cluster.host import run, tool
 from tests.cluster.pki import make_certificates
@@ -102,15 +102,6 @@ def controllers(server: ApiServer) -> Iterator[None]:
     ]
     with _process(server.folder, "kube-controller-manager", command):
         yield
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nothing listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _etcd(folder: Path, client: int, peer: int) -> list[str]:

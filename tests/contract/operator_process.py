@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from otj_runtime.pod.ports import free_port
 from tests.cluster.host import REPOSITORY
-from tests.contract.apiserver import ApiServer, free_ports
+from tests.contract.apiserver import ApiServer
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ def running_operator(
     """Run the operator with the rights of install.yaml; at the end it must still be there, and stop when told to."""
     token = server.kubectl("create", "token", "online-training-operator", "-n", "online-training-system").strip()
     environment = {**os.environ, "KUBECONFIG": str(server.kubeconfig(name, token)), "NO_PROXY": "127.0.0.1"}
-    (free,) = free_ports(1)
+    free = free_port()
     command = [
         *(sys.executable, "-m", "otj_operator", "--runtime-image", IMAGE, "--identity", name, "--port", str(port or free)),
         *("--namespace", "online-training-system", "--progress-seconds", str(progress_seconds), "--log-format", "text"),

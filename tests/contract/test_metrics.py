@@ -7,8 +7,9 @@ import urllib.request
 
 import pytest
 
+from otj_runtime.pod.ports import free_port
 from tests.cluster.host import REPOSITORY
-from tests.contract.apiserver import ApiServer, free_ports
+from tests.contract.apiserver import ApiServer
 from tests.contract.kubelet import Kubelet
 from tests.contract.launcher import launcher
 from tests.contract.operator_process import eventually, running_operator
@@ -25,7 +26,7 @@ FOLLOWED = {
 
 
 def test_a_run_is_measured_from_its_creation_to_its_first_step(server: ApiServer, kubelet: Kubelet) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     with running_operator(server, name="measured", port=port), launcher() as progress:
         run = Run(server, "measured")
         run.created()

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import pytest
 from otj_runtime.api import OnlineTrainingJob
 from otj_runtime.pod.commands import generator_command, generator_environment
 from otj_runtime.pod.config import Layout, PodConfig, resolve
+from otj_runtime.pod.ports import free_port
 from otj_runtime.weights.control import GeneratorControl
 from tests.cluster.host import REPOSITORY
 from tests.integration.models import make_tiny_mixture, make_tiny_model
@@ -43,7 +43,7 @@ class Generator:
     def __init__(self, model: Path, *, dtype: str, engines: int, scratch: Path, shared_memory: Path) -> None:
         self.model = model
         self._job = OnlineTrainingJob.model_validate(_job(model, dtype, engines))
-        layout = Layout(shared_memory=str(shared_memory), scratch=str(scratch), generator_port=_free_port())
+        layout = Layout(shared_memory=str(shared_memory), scratch=str(scratch), generator_port=free_port())
         self.config: PodConfig = resolve(self._job, layout, output=str(scratch / "output"))
         self.control = GeneratorControl(self.config.generator_url, engines=engines)
         self.log = scratch / "generator.log"
@@ -169,10 +169,3 @@ def _job(model: Path, dtype: str, engines: int) -> dict[str, object]:
             "generation": {"dtype": dtype, "maxModelLen": 128, "gpus": engines, "tensorParallelSize": 1},
         },
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from otj_runtime.pod.commands import trainer_environment
 from otj_runtime.pod.config import CONFIG_ENV, Layout, PodConfig, resolve
 from otj_runtime.pod.errors import ExitCode, FailureNote
 from otj_runtime.pod.metrics import LauncherReport
+from otj_runtime.pod.ports import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -38,13 +38,6 @@ from otj_runtime.pod.config import PodConfig
 launcher = Launcher(PodConfig.from_environment(), module="tests.integration.rank", patience=Patience(**json.loads(sys.argv[1])))
 sys.exit(asyncio.run(launcher.run()))
 """
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorNotReady
+from otj_runtime.pod.ports import free_port
 from otj_runtime.pod.transfer import Transfer
 from otj_runtime.rollout.types import Completion
 from otj_runtime.rollout.vllm_engine import parse_choice
@@ -282,7 +282,7 @@ def test_a_trainer_that_speaks_vllms_own_interface_reaches_the_generator(tied_se
 
 
 def test_an_absent_generator_fails_the_push_after_its_deadline(tied_model: Path, tmp_path: Path) -> None:
-    control = GeneratorControl(f"http://127.0.0.1:{_free_port()}")
+    control = GeneratorControl(f"http://127.0.0.1:{free_port()}")
     sync = WeightSync(model=_load(tied_model), directory=tmp_path, control=control, dtype=DType.FLOAT32, ready_timeout_s=0.5)
     with pytest.raises(GeneratorNotReady, match=r"readyTimeoutSeconds"):
         sync.push(0)
@@ -292,7 +292,7 @@ def test_an_absent_generator_fails_the_push_after_its_deadline(tied_model: Path,
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_three_ranks_push_together(tied_server: Generator, tmp_path: Path, strategy: str) -> None:
-    store = f"tcp://127.0.0.1:{_free_port()}"
+    store = f"tcp://127.0.0.1:{free_port()}"
     outputs = [tmp_path / f"{rank}.json" for rank in range(3)]
     arguments = [str(tied_server.model), tied_server.url, tied_server.config.mailbox, strategy]
     ranks = [
@@ -357,13 +357,6 @@ def _generate(url: str, *, tokens: int, count: int) -> dict[str, Any]:
     with urllib.request.urlopen(request, timeout=120) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_a_hand_over_that_fails_leaves_a_generator_that_serves_and_takes_the_mailbox(tied_server: Generator) -> None:

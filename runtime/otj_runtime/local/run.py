@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from otj_runtime.pod.config import Layout, PodConfig, resolve
 from otj_runtime.pod.errors import FailureNote
 from otj_runtime.pod.manifest import build_job
 from otj_runtime.pod.names import METRICS_FILE, TRAINER_CONTAINER
+from otj_runtime.pod.ports import free_ports
 from otj_runtime.pod.processes import become_subreaper, kill_descendants, reap, zombies
 
 REFRESH_SECONDS = 0.25
@@ -86,15 +85,6 @@ def local_layout(folder: RunFolder) -> Layout:
         progress_host="127.0.0.1",
         termination_log=str(folder.termination),
     )
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def run(options: RunOptions) -> int:

@@ -20,7 +20,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ import torch
 from otj_runtime.api import Device, DType
 from otj_runtime.api.spec import GenerationSpec
 from otj_runtime.pod.commands import MAX_SEQUENCES, server_command, server_environment
+from otj_runtime.pod.ports import free_port
 from otj_runtime.train.config import OnlineConfig
 from otj_runtime.train.devices import Placement, place_generator, shared_warning, visible_devices
 from otj_runtime.train.generator import Generator
@@ -160,7 +160,7 @@ class ChildGenerator:
         described = self._folder / "model"
         _describe_model(model, tokenizer, described)
         self.generator = Generator(
-            url=f"http://127.0.0.1:{_free_port()}",
+            url=f"http://127.0.0.1:{free_port()}",
             mailbox=self._folder / "mailbox",
             dtype=plan.dtype,
             ready_timeout_s=float(plan.generation.ready_timeout_seconds),
@@ -247,9 +247,3 @@ def _environment(plan: ServerPlan) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_LAUNCHER)}
     placed = {"CUDA_VISIBLE_DEVICES": visible_devices(plan.placement, inherited=os.environ.get("CUDA_VISIBLE_DEVICES"))}
     return server_environment(plan.device) | inherited | placed | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

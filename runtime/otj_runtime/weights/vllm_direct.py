@@ -14,7 +14,6 @@ What is ours is the order around vLLM's phases: between start and finish a worke
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
 from otj_runtime.api import DType
+from otj_runtime.pod.ports import free_port
 from otj_runtime.weights.composed import whole
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.direct import Conversation
@@ -102,7 +102,7 @@ class DirectChannel:
         info = NCCLTrainerInitInfo(
             rank=rank,
             master_address="127.0.0.1",
-            master_port=_free_port(),
+            master_port=free_port(),
             world_size=1 + workers,
             packed=True,
             packed_buffer_size_bytes=max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, source.largest()),
@@ -128,9 +128,3 @@ def require_nccl(group: Any) -> None:
             "a newer libnccl.so.2",
             phase="init",
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -21,7 +21,7 @@ from otj_operator.metrics import Metrics
 from otj_operator.plan import Key
 from otj_operator.plan.events import Event, event_object
 from otj_runtime.api import API_VERSION, KIND
-from tests.contract.apiserver import free_ports
+from otj_runtime.pod.ports import free_port
 from tests.unit.operator.virtual_time import run_virtually
 
 Object = dict[str, Any]
@@ -54,7 +54,7 @@ def test_a_log_line_is_one_json_object_that_names_the_job() -> None:
 
 @pytest.mark.parametrize(("troubles", "status", "text"), [([], 200, "ok"), (["the watch of jobs has stalled"], 503, "of jobs has stalled")])
 async def test_probes_tell_whether_the_process_is_well(troubles: list[str], status: int, text: str) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     async with health_server(port, troubles=lambda: troubles, metrics=Metrics()), aiohttp.ClientSession() as session:
         for path in ("healthz", "readyz"):
             async with session.get(f"http://127.0.0.1:{port}/{path}") as response:
