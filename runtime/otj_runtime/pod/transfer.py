@@ -146,6 +146,8 @@ def hindrance(kind: Direct, found: Found) -> str | None:
             continue
         if worker.device == lead.device:
             return f"rank 0 and the generator are both on GPU {lead.device}, and NCCL wants one each; ipc is for that"
+        if not lead.listed:
+            return "the trainer cannot ask its driver which GPUs it reaches: that takes vLLM beside it"
         if worker.device not in lead.listed:
             return f"the trainer's container does not see the generator's GPU {worker.device}"
         if lead.device not in worker.listed:

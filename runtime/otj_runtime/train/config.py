@@ -119,7 +119,7 @@ class OnlineConfig(TrainingArguments):
     vllm_weight_transfer: str = field(
         default="auto",
         metadata={
-            "help": "How weights reach vLLM: mailbox (shared memory), nccl (another GPU), ipc (the same GPU); auto takes ipc or the mailbox."
+            "help": "How weights reach vLLM: mailbox (shared memory), ipc (read in the trainer's GPU), nccl (vLLM's own); auto takes ipc where it can."
         },
     )
     vllm_enable_prefix_caching: bool = field(default=True, metadata={"help": "Let vLLM keep the keys and values of shared prompts."})

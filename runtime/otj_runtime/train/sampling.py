@@ -123,6 +123,7 @@ class Sampler:
         self._stop = stop
         self._build = build
         self._syncs = 0
+        self._unproven: int | None = None  # version that was pushed and not proven yet
         self._pending: deque[MicroBatch] = deque()
         self._new_pipeline: Callable[[], Pipeline] = lambda: Pipeline(
             rollouts, samples=samples, sampling=_sampling(config), ahead=config.staleness
@@ -135,6 +136,7 @@ class Sampler:
         if self._weights is None or self._weights.version == version:
             return
         self._syncs += 1
+        self._unproven = version
         self._meters.add(self._weights.push(version).metrics | {"sync/count": float(self._syncs), "policy_version": float(version)})
 
     def next(self, *, step: int, max_steps: int) -> MicroBatch:
@@ -147,9 +149,20 @@ class Sampler:
         Raises:
             StopRequested: on every rank, if any was asked to stop.
         """
-        if not self._pending:
+        if self._pending:
+            self.settle()
+        else:
             self._pending = self._sample(step, max_steps)
         return self._pending.popleft()
+
+    def settle(self) -> bool:
+        """Wait until what was pushed between two generations is proven: by an evaluation, or by a run that resumed in the midst of one.
+        The weights must not change before. Whether it was right from the moment that it was pushed. Collective.
+        """
+        right = self._unproven is None or self._proven(self._unproven)
+        if not right:
+            self._renew()
+        return right
 
     def cancel(self) -> None:
         """Call off what is in flight: training ends."""
@@ -173,9 +186,7 @@ class Sampler:
         last = (max_steps * per_step - 1) // per_generation
         taken = self._take(generation, last, step)
         if not self._proven(step):
-            # What is in the pipeline was sampled from unknown weights.
-            self._pipeline.cancel()
-            self._pipeline = self._new_pipeline()
+            self._renew()
             taken = self._take(generation, last, step)
         measured = rollout_metrics(taken.groups) | overlap_metrics(taken, step)
         tokens = measured["tokens_generated"] * config.world_size
@@ -187,6 +198,11 @@ class Sampler:
         # A run that resumed in the middle of a generation has made some of its steps already.
         made = (step * per_step) % len(every)
         return deque(every[made:])
+
+    def _renew(self) -> None:
+        """What is in the pipeline was sampled from unknown weights."""
+        self._pipeline.cancel()
+        self._pipeline = self._new_pipeline()
 
     def _take(self, generation: int, last: int, step: int) -> Taken:
         """Ask for generations up to `last`, as far as staleness allows, and wait for this one."""
@@ -201,6 +217,7 @@ class Sampler:
         """Wait until the version is proven; whether it was right from the moment that it was pushed. Collective."""
         if self._weights is None:
             return True
+        self._unproven = None
         proof = self._weights.proven(version)
         self._meters.add(proof.metrics)
         return not proof.again

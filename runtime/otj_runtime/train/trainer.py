@@ -304,8 +304,9 @@ class OnlineTrainer(SavingTrainer):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in prompts.items()]
             return {name: value for part in parts for name, value in part.items()}
         self.push_weights()
-        try:
-            found = evaluate(
+
+        def answer() -> dict[str, float]:
+            return evaluate(
                 self.rollouts,
                 prompts,
                 config=self.config,
@@ -313,7 +314,13 @@ class OnlineTrainer(SavingTrainer):
                 policy_version=self.state.global_step,
                 stop=self.stop,
             )
+
+        try:
+            found = answer()
+            if not self.sampler.settle():  # it was of unknown weights
+                found = answer()
         except StopRequested:
+            self.sampler.settle()
             self.stop.stop_after_step(self.control)
             self.control.should_evaluate = False  # on_evaluate would say so; the end of the epoch would begin another one
             return {}

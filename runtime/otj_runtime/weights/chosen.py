@@ -3,7 +3,7 @@
     candidate         by what was asked for, and by what `auto` can use: `pod.transfer.candidate`
     look              what each rank and each worker see of the GPUs -> `pod.transfer.settle`
     meet              NCCL's rendezvous, or the workers open the memory that the ranks lend; what fails here leaves the generator as it was
-    first push        of weights that are lent: a link that passes wrong bytes shows in their checksums
+    push              of weights that are lent: a link that passes wrong bytes shows in their checksums
     mailbox           whatever of this does not succeed, with the reason in the status
 
 The probe runs in the trainer, because it alone knows when both sides are up, and at the first push, because only then the generator must answer.
@@ -85,6 +85,7 @@ class ChosenSync:
         self._look = look
         self._ranks: Ranks | None = None
         self._way: Way | None = None
+        self._lent = False
 
     @property
     def version(self) -> int | None:
@@ -94,18 +95,15 @@ class ChosenSync:
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`; the first time, choose the way. Collective."""
         if self._way is None:
-            self._way, lent = self._choose()
-            if lent:
-                return self._push_lent(version)
-        return self._way.push(version)
-
-    def _push_lent(self, version: int) -> SyncReport:
-        """The first push of lent weights; through the mailbox, if it fails."""
+            self._way, self._lent = self._choose()
+        if not self._lent:
+            return self._way.push(version)
         try:
             return self._mailbox.push(version)
         except (WeightSyncFailed, MailboxError) as error:  # the same on every rank
+            self._lent = False
             self._mailbox.take_back()
-            self._announce(fallback(self._wish, "ipc", str(error)))
+            self._announce(Transfer("mailbox", f"a push by ipc failed: {error}"))
         return self._mailbox.push(version)
 
     def proven(self, version: int) -> Proof:

@@ -82,7 +82,7 @@ def _handle(tensor: torch.Tensor) -> Handle:
         "ref_counter_handle": _text(counter),
         "ref_counter_offset": counter_offset,
         "event_handle": _text(event),
-        "event_sync_required": False,  # each version is waited for before it is lent, and an event of another GPU may not open
+        "event_sync_required": False,  # `Lender.settle` waits, and an event of another GPU may not open
     }
 
 
@@ -140,8 +140,8 @@ class Lender:
         dtype = writer.layout.tensors[0].torch_dtype
         self._sums = Checksums(pieces, targets=len(pieces), source=tensors[0].dtype, dtype=dtype, device=self._device)
 
-    def lend(self, ticket: Ticket, tensors: Sequence[torch.Tensor]) -> int:
-        """Say that the tensors hold the ticket's version; return their bytes in the generator's dtype. They stay as they are until it is proven.
+    def settle(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Wait for what changes the tensors still. On every rank, because a worker reads those of the rank on its GPU.
 
         Raises:
             MailboxError: if they lie elsewhere than those that were lent.
@@ -151,7 +151,14 @@ class Lender:
                 "the policy's weights have moved in memory since they were lent to the generator: leave the model on its GPU, or say "
                 "generation.weightTransfer: mailbox"
             )
-        sums = self._sums.compute().tolist()  # on the current stream, after what changed the weights, and waits for it
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def lend(self, ticket: Ticket) -> int:
+        """Say that the tensors hold the ticket's version; return their bytes in the generator's dtype. They stay as they are until it is proven.
+        Rank 0 only, when every rank has settled.
+        """
+        sums = self._sums.compute().tolist()
         for position, (entry, checksum) in enumerate(zip(self._writer.layout.tensors, sums, strict=True)):
             self._writer.note_checksum(ticket, position, checksum % 2**64)
             self._writer.note(ticket, position, entry.nbytes)

@@ -165,7 +165,7 @@ class WeightSync:
         self._delta = delta
         self._patches: PatchWrite | None = None
         self._whole_for = 1  # pushes that are sent whole before a patch is tried
-        self._lender: Lender | None = None  # rank 0 only
+        self._lender: Lender | None = None
         self._lends = False
         self._kept: Future[None] | None = None  # rank 0 only: the slot's copy of what was lent
         self._pushed: Ticket | None = None
@@ -205,7 +205,10 @@ class WeightSync:
             self._control.wait_healthy(deadline_s=self._ready_timeout_s)
             self._installer.introduce()
 
-        self._installer.loan = dict(ranks.together(offer, phase="lend"))  # any rank may have to introduce it again
+        loan: dict[str, list[Handle]] = {}
+        for device, offered in ranks.together(offer, phase="lend"):
+            loan.setdefault(device, offered)
+        self._installer.loan = loan  # on every rank: any may have to introduce it again
         try:
             ranks.lead(introduce, phase="lend")
         except WeightSyncFailed:
@@ -376,7 +379,10 @@ class WeightSync:
     def _write(self, ranks: Ranks, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]) -> list[int] | None:
         """Write this rank's share; return the bytes of each rank, None if the version cannot be a patch."""
         if ticket.lent:
-            return ranks.together(lambda: self._lend(writer, ticket, tensors) if ranks.rank == 0 else 0, phase="write")
+            ranks.together(lambda: self._settle_lent(writer, tensors), phase="write")
+            lender = self._lender
+            assert lender is not None
+            return [ranks.lead(lambda: lender.lend(ticket), phase="write")]
         share = self._share(ranks, writer, tensors, is_sharded(tensors.values()))
         if not self._delta:
             return ranks.together(lambda: writer.write(ticket, share), phase="write")
@@ -394,20 +400,20 @@ class WeightSync:
         self._whole_for = max(self._whole_for - 1, 0)
         return ranks.together(lambda: writer.write(ticket, patches.remember(ticket, share)), phase="write")
 
-    def _lend(self, writer: MailboxWriter, ticket: Ticket, tensors: dict[str, PolicyTensor]) -> int:
-        """Rank 0's share of a version that is lent: all of it, for the others' weights are the same."""
+    def _settle_lent(self, writer: MailboxWriter, tensors: dict[str, PolicyTensor]) -> None:
+        """Make sure that this rank's tensors are where they were lent, and final."""
         found = lendable(tensors)
         if self._lender is None:
             self._lender = Lender(writer, found)
-        return self._lender.lend(ticket, found)
+        self._lender.settle(found)
 
     def _keep(self, writer: MailboxWriter, ticket: Ticket) -> None:
         """Write what was lent into its slot. The weights stay as they are until it is proven, and that waits for this."""
-        tensors = lendable(policy_tensors(self._model))
-        device = tensors[0].device
+        tensors = policy_tensors(self._model)
+        device = next(self._model.parameters()).device
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(stream):  # not behind what the trainer asks for meanwhile
-            writer.write(ticket, zip((entry.name for entry in writer.layout.tensors), tensors, strict=True))
+            writer.write(ticket, ((name, whole(tensor)) for name, tensor in tensors.items()))
         writer.publish(ticket)
 
     def _settle_kept(self) -> None:
@@ -430,7 +436,12 @@ class WeightSync:
     # -- the proof -------------------------------------------------------------------------------------------------------------
 
     def _prove(self, pushed: Ticket) -> Proof:
-        self._settle_kept()
+        try:
+            self._settle_kept()
+        except Exception as error:
+            logger.warning("policy version %d could not be kept in the mailbox, it is written once more: %s", pushed.version, error)
+            assert self._writer is not None
+            self._keep(self._writer, pushed)
         if self._asked is not None:
             asked, self._asked = self._asked, None
             try:

@@ -237,10 +237,10 @@ def test_a_generator_that_does_not_answer_the_meeting_is_not_asked_for_another(s
 class Mailbox:
     """Stands in for the way that is always possible."""
 
-    def __init__(self, *, room: bool = True, stingy: bool = False, garbled: bool = False) -> None:
+    def __init__(self, *, room: bool = True, stingy: bool = False) -> None:
         self.room = room
         self.stingy = stingy
-        self.garbled = garbled
+        self.garbled = False
         self.lends = False
         self.version: int | None = None
 
@@ -307,14 +307,17 @@ def test_weights_that_cannot_be_lent_go_through_the_mailbox(server: Server) -> N
     assert told[0].reason == "ipc was asked for, but ipc is not possible: lend: bias is made for each push"
 
 
-def test_a_link_that_passes_wrong_bytes_is_given_up_at_the_first_push(server: Server) -> None:
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_link_that_passes_wrong_bytes_is_given_up_for_the_mailbox(server: Server, good: int) -> None:
     server.sight = THERE
-    chosen, told = _chosen("ipc", server, mailbox := Mailbox(garbled=True))
-    for version in range(2):
+    chosen, told = _chosen("ipc", server, mailbox := Mailbox())
+    for version in range(3):
+        mailbox.garbled = version >= good
         chosen.push(version)
-    assert (mailbox.lends, mailbox.version) == (False, 1)
+        assert mailbox.lends is (version < good)
+    assert mailbox.version == 2
     assert [transfer.kind for transfer in told] == ["ipc", "mailbox"]
-    assert told[1].reason.startswith("ipc was asked for, but ipc is not possible: update: worker 0: tensor norm")
+    assert told[1].reason.startswith("a push by ipc failed: update: worker 0: tensor norm")
 
 
 def test_auto_asks_nothing_where_the_mailbox_fits(server: Server) -> None:
