@@ -15,9 +15,9 @@ counts. Ours needs no checkpointing at 16, because logits exist in chunks. On a 
 --attention eager; TRL generates under autocast too, which casts all weights again for each token.
 
 With a second card for the generator TRL runs in vLLM server mode, with the same two ways of training, and both sides' vLLM gets 0.8 of the card that
-it has for itself. Every trainer is one process on the first card. `overlap` is a step at staleness 1 by the longer of its two sides; where
-generation is the longer one, a generation is asked for while the one before still decodes, so that its seconds hold a wait. `overlap_alone`
-divides by the sides of the on-policy run instead, where neither does anything beside the other.
+it has for itself. Every trainer is one process on the first card. `overlap` is a step at staleness 1 by the longer of the two sides of the
+on-policy run, where neither does anything beside the other: ahead, a generation is asked for while the one before still decodes, so that its
+seconds hold a wait.
 """
 
 from __future__ import annotations
@@ -279,7 +279,8 @@ class Measured:
 
 def measure(name: str, work: Workload, *, timeout_s: float) -> Measured | None:
     """Run one configuration; None, with the end of its logs, if it failed."""
-    from tests.bench.trl_server import ServerFailed, rendezvous_environment, serving
+    from otj_runtime.pod.errors import GeneratorNotReady
+    from tests.bench.trl_server import rendezvous_environment, serving
 
     with tempfile.TemporaryDirectory() as folder:
         result, log, server_log = (Path(folder) / file for file in ("result.json", "log", "server.log"))
@@ -305,8 +306,8 @@ def measure(name: str, work: Workload, *, timeout_s: float) -> Measured | None:
                     environment |= rendezvous_environment()
                 out = stack.enter_context(log.open("w"))
                 subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, timeout=timeout_s, check=True)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired, ServerFailed) as error:
-            print(f"{name}: {type(error).__name__}{f': {error}' if isinstance(error, ServerFailed) else ''}", file=sys.stderr)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired, GeneratorNotReady) as error:
+            print(f"{name}: {type(error).__name__}{f': {error}' if isinstance(error, GeneratorNotReady) else ''}", file=sys.stderr)
             for side, file in (("trainer", log), ("server", server_log)):
                 if file.exists():
                     print(f"the end of the {side}'s log:\n{file.read_text(errors='replace')[-3000:]}", file=sys.stderr)

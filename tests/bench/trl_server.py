@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +27,6 @@ START_SECONDS = 240.0
 
 END_SECONDS = 20.0
 """How long a killed server may take to be gone."""
-
-
-class ServerFailed(RuntimeError):
-    """The server never became healthy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +64,7 @@ def serving(*, model: str, visible: str, memory: float, max_model_len: int, dtyp
         log: file of what it prints.
 
     Raises:
-        ServerFailed: if it ended, or was not healthy in time.
+        GeneratorNotReady: if it ended, or was not healthy in time.
     """
     port, group_port = free_ports(2)
     server = TRLServer(url=f"http://{HOST}:{port}", group_port=group_port)
@@ -105,14 +100,11 @@ def rendezvous_environment() -> dict[str, str]:
 
 
 def _wait_healthy(url: str, shim: subprocess.Popen[bytes]) -> None:
-    control = GeneratorControl(url)
-    end = time.monotonic() + START_SECONDS
-    while not control.healthy():
-        if (status := shim.poll()) is not None:
-            raise ServerFailed(f"TRL's server ended with status {status} before it answered")
-        if time.monotonic() > end:
-            raise ServerFailed(f"TRL's server did not answer within {START_SECONDS:.0f} s")
-        time.sleep(0.5)
+    def ended() -> str | None:
+        status = shim.poll()
+        return None if status is None else f"TRL's server ended with status {status} before it answered"
+
+    GeneratorControl(url, failure=ended).wait_healthy(deadline_s=START_SECONDS)
 
 
 def _end(shim: subprocess.Popen[bytes]) -> None:

@@ -10,11 +10,9 @@ before anything is installed.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 
-from otj_runtime.weights.checksums import Checksums, Piece
+from otj_runtime.weights.checksums import Checksums
 from otj_runtime.weights.layout import Ticket
 from otj_runtime.weights.mailbox import MailboxReader
 from otj_runtime.weights.staging import Staging
@@ -40,7 +38,7 @@ class BorrowedStaging(Staging):
             buffer = torch.empty(reader.layout.slot_bytes, dtype=torch.uint8, device=device)
             self._near = [entry.view(buffer) for entry in reader.layout.tensors]
         self._near_sums = self._table(self._near)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _stage(self, ticket: Ticket) -> None:
         index = 0
@@ -53,22 +51,11 @@ class BorrowedStaging(Staging):
     def _check(self, ticket: Ticket) -> None:
         with self._beside():
             table = self._near_sums if ticket.lent else self._table(self.reader.tensors(ticket.slot))
-            self.reader.compare(ticket, [value % 2**64 for value in table.compute().tolist()])
-
-    def _beside(self) -> AbstractContextManager[object]:
-        if self._stream is None:
-            return nullcontext()
-        torch.cuda.set_device(self._device)
-        stream: AbstractContextManager[object] = torch.cuda.stream(self._stream)
-        return stream
+            table.compute()
+            self.reader.compare(ticket, table.values())
 
     def content(self, ticket: Ticket) -> list[torch.Tensor]:
         return self._near if ticket.lent else self.reader.tensors(ticket.slot)
 
-    def near(self, ticket: Ticket) -> list[torch.Tensor]:
-        return self.content(ticket)
-
     def _table(self, tensors: list[torch.Tensor]) -> Checksums:
-        pieces = [Piece.flat(tensor.data_ptr(), tensor.numel(), index) for index, tensor in enumerate(tensors)]
-        dtype = self.reader.layout.tensors[0].torch_dtype
-        return Checksums(pieces, targets=len(pieces), source=tensors[0].dtype, dtype=dtype, device=self._device)
+        return Checksums.of(tensors, dtype=self.reader.layout.tensors[0].torch_dtype, device=self._device)

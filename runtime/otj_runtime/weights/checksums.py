@@ -81,6 +81,12 @@ class Checksums:
         self._source, self._dtype = source, dtype
         self._flat = all(piece.count <= piece.columns for piece in pieces)
 
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], *, dtype: torch.dtype, device: torch.device) -> Checksums:
+        """One sum for each of these tensors, which are contiguous, of one dtype, and in memory that `device` can read."""
+        pieces = [Piece.flat(tensor.data_ptr(), tensor.numel(), index) for index, tensor in enumerate(tensors)]
+        return cls(pieces, targets=len(pieces), source=tensors[0].dtype, dtype=dtype, device=device)
+
     def add(self, start: int, end: int) -> None:
         """Add pieces `start` to `end` to their sums, on the current stream."""
         first, programs = self._first[start], self._first[end] - self._first[start]
@@ -110,6 +116,10 @@ class Checksums:
         self.sums.zero_()
         self.add(0, len(self._first) - 1)
         return self.sums
+
+    def values(self) -> list[int]:
+        """The sums as they are now, unsigned, as the mailbox notes them. Waits for the current stream."""
+        return [value % 2**64 for value in self.sums.tolist()]
 
 
 def by_definition(piece: Piece, *, source: torch.dtype, dtype: torch.dtype) -> int:

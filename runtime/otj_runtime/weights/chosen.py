@@ -85,7 +85,6 @@ class ChosenSync:
         self._look = look
         self._ranks: Ranks | None = None
         self._way: Way | None = None
-        self._lent = False
 
     @property
     def version(self) -> int | None:
@@ -95,13 +94,12 @@ class ChosenSync:
     def push(self, version: int) -> SyncReport:
         """Bring the model's current weights into the generator as `version`; the first time, choose the way. Collective."""
         if self._way is None:
-            self._way, self._lent = self._choose()
-        if not self._lent:
+            self._way = self._choose()
+        if not self._mailbox.lends:
             return self._way.push(version)
         try:
             return self._mailbox.push(version)
         except (WeightSyncFailed, MailboxError) as error:  # the same on every rank
-            self._lent = False
             self._mailbox.take_back()
             self._announce(Transfer("mailbox", f"a push by ipc failed: {error}"))
         return self._mailbox.push(version)
@@ -119,12 +117,11 @@ class ChosenSync:
             raise WeightSyncFailed(f"{phase}: nothing was pushed yet", phase=phase)
         return self._way
 
-    def _choose(self) -> tuple[Way, bool]:
-        """The way, and whether weights are lent on it. Collective."""
+    def _choose(self) -> Way:
         device = next(self._model.parameters()).device
         kind = candidate(self._wish, room=self._wish != "auto" or self._mailbox.has_room(), on_gpu=device.type == "cuda")
         if kind is None:
-            return self._mailbox, False
+            return self._mailbox
         self._ranks = ranks = Ranks(timeout_s=self._ready_timeout_s + SYNC_SECONDS)
         way: Way = self._mailbox
         try:
@@ -132,11 +129,11 @@ class ChosenSync:
             if transfer.kind == kind:
                 way = self._open(kind)
             elif self._wish == "auto" and kind == "ipc":  # GPUs of their own, as was announced
-                return way, False
+                return way
         except WeightSyncFailed as error:  # the same on every rank
             transfer = fallback(self._wish, kind, str(error))
         self._announce(transfer)
-        return way, transfer.kind == "ipc"
+        return way
 
     def _announce(self, transfer: Transfer) -> None:
         if self._ranks is not None and self._ranks.rank == 0:

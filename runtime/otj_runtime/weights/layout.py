@@ -38,9 +38,9 @@ ALIGNMENT = 256
 SLOTS = 2
 PLACES = 4
 """Records and tables of checksums of versions that the file holds: one for each slot, two for patched versions."""
-LENT = 4
+LENT = PLACES
 """Place of the record and the checksums of a version that is lent."""
-TABLES = 5
+TABLES = PLACES + 1
 STEPS = 64
 """Most patches on top of one slot."""
 STEP_BYTES = PAGE // STEPS

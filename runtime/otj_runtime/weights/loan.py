@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from otj_runtime.weights.checksums import Checksums, Piece
+from otj_runtime.weights.checksums import Checksums
 from otj_runtime.weights.composed import Composed, PolicyTensor, is_collective
 from otj_runtime.weights.errors import MailboxError, WeightSyncFailed
 from otj_runtime.weights.layout import Layout, Ticket
@@ -136,9 +136,7 @@ class Lender:
         self._writer = writer
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._device = tensors[0].device
-        pieces = [Piece.flat(tensor.data_ptr(), tensor.numel(), index) for index, tensor in enumerate(tensors)]
-        dtype = writer.layout.tensors[0].torch_dtype
-        self._sums = Checksums(pieces, targets=len(pieces), source=tensors[0].dtype, dtype=dtype, device=self._device)
+        self._sums = Checksums.of(tensors, dtype=writer.layout.tensors[0].torch_dtype, device=self._device)
 
     def settle(self, tensors: Sequence[torch.Tensor]) -> None:
         """Wait for what changes the tensors still. On every rank, because a worker reads those of the rank on its GPU.
@@ -158,8 +156,8 @@ class Lender:
         """Say that the tensors hold the ticket's version; return their bytes in the generator's dtype. They stay as they are until it is proven.
         Rank 0 only, when every rank has settled.
         """
-        sums = self._sums.compute().tolist()
-        for position, (entry, checksum) in enumerate(zip(self._writer.layout.tensors, sums, strict=True)):
-            self._writer.note_checksum(ticket, position, checksum % 2**64)
+        self._sums.compute()
+        for position, (entry, checksum) in enumerate(zip(self._writer.layout.tensors, self._sums.values(), strict=True)):
+            self._writer.note_checksum(ticket, position, checksum)
             self._writer.note(ticket, position, entry.nbytes)
         return self._writer.layout.payload_bytes

@@ -28,7 +28,7 @@ from dataclasses import replace
 
 import torch
 
-from otj_runtime.weights.checksums import Checksums, Piece
+from otj_runtime.weights.checksums import Checksums
 from otj_runtime.weights.errors import MailboxError
 from otj_runtime.weights.layout import Ticket
 from otj_runtime.weights.mailbox import MailboxReader
@@ -60,6 +60,7 @@ class Staging:
 
     on_device = False
     partial = False
+    _side: torch.cuda.Stream | None = None  # of what this thread does on the device, beside decoding; None on a CPU
 
     def __init__(self, reader: MailboxReader, worker: int) -> None:
         self.reader = reader
@@ -190,15 +191,19 @@ class Staging:
 
     def near(self, ticket: Ticket) -> list[torch.Tensor]:
         """The layout's tensors, where a replay reads them. Only `on_device`."""
-        raise NotImplementedError
+        return self.content(ticket)
 
     def kept(self, ticket: Ticket) -> list[torch.Tensor]:
         """The layout's tensors, where the version that was installed can still be read. Only `on_device`."""
         return self.near(ticket)
 
     def _beside(self) -> AbstractContextManager[object]:
-        """Where this thread's work on the device goes, beside decoding."""
-        return nullcontext()
+        """In the block, this thread's work on the device goes beside decoding."""
+        if self._side is None:
+            return nullcontext()
+        torch.cuda.set_device(self._side.device)
+        stream: AbstractContextManager[object] = torch.cuda.stream(self._side)
+        return stream
 
     def _patch(self, ticket: Ticket) -> None:
         """Make the ticket's version of the one in the buffer, if patches lead from there, else of the one in the slot."""
@@ -288,14 +293,8 @@ class DeviceStaging(Staging):
         self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
         self.tensors = [self._view(index) for index in range(len(sizes))]
         self._stream = torch.cuda.Stream(device)
-        self._sum_stream = torch.cuda.Stream(device)
-        base = self.buffer.data_ptr()
-        dtype = layout.tensors[0].torch_dtype
-        pieces = [
-            Piece.flat(base + place.offset, entry.count, index)
-            for index, (place, entry) in enumerate(zip(self.places, layout.tensors, strict=True))
-        ]
-        self._sums = Checksums(pieces, targets=len(pieces), source=dtype, dtype=dtype, device=device)
+        self._side = self._sum_stream = torch.cuda.Stream(device)
+        self._sums = Checksums.of(self.tensors, dtype=layout.tensors[0].torch_dtype, device=device)
         self._installed = 0
         self._copied: list[tuple[int, torch.cuda.Event]] = []
         self._progress = threading.Condition()
@@ -310,11 +309,6 @@ class DeviceStaging(Staging):
             self._progress.notify_all()
         super()._give_up()
         self._installed, self._copied = 0, []
-
-    def _beside(self) -> AbstractContextManager[object]:
-        torch.cuda.set_device(self._device)
-        stream: AbstractContextManager[object] = torch.cuda.stream(self._sum_stream)
-        return stream
 
     def _stage(self, ticket: Ticket) -> None:
         torch.cuda.set_device(self._device)
@@ -393,7 +387,7 @@ class DeviceStaging(Staging):
             with torch.cuda.stream(self._stream):
                 self._sums.compute()
             self._stream.synchronize()
-        self.reader.compare(ticket, [value % 2**64 for value in self._sums.sums.tolist()])
+        self.reader.compare(ticket, self._sums.values())
         self._holds = None if self.partial else ticket.sequence
 
     def content(self, ticket: Ticket) -> list[torch.Tensor]:

@@ -166,7 +166,6 @@ class WeightSync:
         self._patches: PatchWrite | None = None
         self._whole_for = 1  # pushes that are sent whole before a patch is tried
         self._lender: Lender | None = None
-        self._lends = False
         self._kept: Future[None] | None = None  # rank 0 only: the slot's copy of what was lent
         self._pushed: Ticket | None = None
         self._scored: Future[TrainerScores] | None = None  # rank 0 only, as the next
@@ -214,11 +213,15 @@ class WeightSync:
         except WeightSyncFailed:
             self.take_back()
             raise
-        self._lends = True
+
+    @property
+    def lends(self) -> bool:
+        """Whether the workers read the weights where the ranks have them."""
+        return self._installer.loan is not None
 
     def take_back(self) -> None:
         """Lend nothing any more: from now on everything goes through the mailbox. On every rank."""
-        self._lends, self._installer.loan = False, None
+        self._installer.loan = None
         self._installer.forget()
 
     def push(self, version: int) -> SyncReport:
@@ -347,7 +350,7 @@ class WeightSync:
                 with phases("wait"):
                     self._control.wait_healthy(deadline_s=self._ready_timeout_s)
                 self._answered = True
-            if self._lends:
+            if self.lends:
                 return made.begin_lent(version)
             if self._whole_for or self._pushed is None or self._pushed.steps == STEPS:
                 return made.begin(version)

@@ -63,12 +63,10 @@ class EndWithEngine:
 
     Args:
         app: what answers.
-        server: the application, whose state holds the engine's client once it is there.
     """
 
-    def __init__(self, app: Any, *, server: FastAPI) -> None:
+    def __init__(self, app: Any) -> None:
         self._app = app
-        self._server = server
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass the call on."""
@@ -77,7 +75,7 @@ class EndWithEngine:
             return
         answer = asyncio.ensure_future(self._app(scope, receive, send))
         while not (await asyncio.wait({answer}, timeout=LOOK_SECONDS))[0]:
-            if self._server.state.engine_client.errored:
+            if scope["app"].state.engine_client.errored:
                 answer.cancel()
                 await JSONResponse({"error": {"message": "the engine has died"}}, status_code=500)(scope, receive, send)
                 return
@@ -92,7 +90,7 @@ class InstallEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
-        app.add_middleware(EndWithEngine, server=app)
+        app.add_middleware(EndWithEngine)
 
         @app.post("/otj/install")
         async def install(request: Request, version: Annotated[str, Body(embed=True)]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 
 from otj_runtime.weights import loan as loan_module
 from otj_runtime.weights.borrowed import BorrowedStaging
-from otj_runtime.weights.checksums import Checksums, Piece
+from otj_runtime.weights.checksums import Checksums
 from otj_runtime.weights.errors import MailboxError
 from otj_runtime.weights.layout import Layout, Ticket
 from otj_runtime.weights.loan import Lender, borrow, handles
@@ -35,11 +35,10 @@ def _staging(path: Path, lent: list[torch.Tensor], *, far: bool) -> BorrowedStag
 def _keep(writer: MailboxWriter, ticket: Ticket, values: dict[str, torch.Tensor]) -> None:
     """Write the slot as a trainer on a GPU does: with the checksums of its kernel."""
     writer.write(ticket, values.items())
-    found = list(values.values())
-    pieces = [Piece.flat(tensor.data_ptr(), tensor.numel(), index) for index, tensor in enumerate(found)]
-    sums = Checksums(pieces, targets=len(pieces), source=torch.float32, dtype=torch.bfloat16, device=CPU).compute()
-    for position, checksum in enumerate(sums.tolist()):
-        writer.note_checksum(ticket, position, checksum % 2**64)
+    sums = Checksums.of(list(values.values()), dtype=torch.bfloat16, device=CPU)
+    sums.compute()
+    for position, checksum in enumerate(sums.values()):
+        writer.note_checksum(ticket, position, checksum)
     writer.publish(ticket)
 
 

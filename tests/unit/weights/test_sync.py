@@ -145,6 +145,18 @@ def _perturb(policy: Any, *, every: int = 1) -> None:
             parameter.view(-1)[::every] *= 1.05
 
 
+def _lose_and_bring_back(policy: Any, generator: LoadingGenerator, sync: WeightSync, *, version: int) -> None:
+    """A generator that restarts after the trainer has moved on gets what was pushed, and not what the trainer has by then."""
+    sync.push(version)
+    sync.proven(version)
+    pushed = copy.deepcopy(policy.state_dict())
+    _perturb(policy)
+    generator.restart()
+    sync.reinstall()
+    assert generator.version == str(version)
+    assert all(torch.equal(tensor, pushed[name]) for name, tensor in generator.model.state_dict().items())
+
+
 def test_pushes_arrive_bit_by_bit_and_are_proven_and_the_mailbox_is_introduced_once(
     policy: Any, tmp_path: Path, generator: LoadingGenerator
 ) -> None:
@@ -191,14 +203,7 @@ def test_a_generator_that_was_restarted_gets_the_version_back_although_the_train
     policy: Any, tmp_path: Path, generator: LoadingGenerator
 ) -> None:
     sync = _sync(policy, tmp_path, generator)
-    sync.push(1)
-    sync.proven(1)
-    pushed = copy.deepcopy(policy.state_dict())
-    _perturb(policy)
-    generator.restart()
-    sync.reinstall()
-    assert generator.version == "1"
-    assert all(torch.equal(tensor, pushed[name]) for name, tensor in generator.model.state_dict().items())
+    _lose_and_bring_back(policy, generator, sync, version=1)
     generator.restart()  # and unnoticed: the next push is made twice
     report = sync.push(2)
     assert (report.attempts, generator.version) == (2, "2")
@@ -233,14 +238,7 @@ def test_a_generator_that_was_restarted_gets_a_version_back_that_was_sent_as_del
     for version in range(3):
         sync.push(version)
         _perturb(policy, every=100)
-    pushed = copy.deepcopy(policy.state_dict())
-    sync.push(3)
-    sync.proven(3)
-    _perturb(policy)
-    generator.restart()
-    sync.reinstall()
-    assert generator.version == "3"
-    assert all(torch.equal(tensor, pushed[name]) for name, tensor in generator.model.state_dict().items())
+    _lose_and_bring_back(policy, generator, sync, version=3)
     generator.restart()  # and unnoticed: the second attempt sends all
     report = sync.push(4)
     assert (report.attempts, report.patched, generator.version) == (2, False, "4")
@@ -304,14 +302,7 @@ def test_weights_that_are_lent_arrive_bit_by_bit_before_their_slot_is_written(
 def test_a_generator_that_was_restarted_gets_a_lent_version_from_its_slot(
     policy: Any, generator: LoadingGenerator, lending: WeightSync
 ) -> None:
-    lending.push(1)
-    lending.proven(1)
-    pushed = copy.deepcopy(policy.state_dict())
-    _perturb(policy)
-    generator.restart()
-    lending.reinstall()
-    assert generator.version == "1"
-    assert all(torch.equal(tensor, pushed[name]) for name, tensor in generator.model.state_dict().items())
+    _lose_and_bring_back(policy, generator, lending, version=1)
     generator.restart()  # and unnoticed
     report = lending.push(2)
     assert (report.attempts, generator.version) == (2, "2")
