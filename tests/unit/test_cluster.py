@@ -72,6 +72,8 @@ def test_a_daemon_is_found_by_its_name_and_ended_even_when_it_ignores_the_reques
 
 def test_the_daemons_of_another_checkout_are_left_alone(state: Path) -> None:
     host.start_daemon("bystander", "sleep", "60")
+    # The kernel shows no environment for a moment while it puts a new program in place of the old.
+    host.wait_until("bystander", lambda: state in (owner for _, owner in host.daemons().values()), timeout_s=20)
     (process,) = [process for process, (_, owner) in host.daemons().items() if owner == state]
     try:
         with pytest.raises(ClusterError, match=f"a test cluster runs from .*{state}"):
