@@ -4,12 +4,15 @@
 
 Prompts are padded on the left and completions on the right, so that completions start in one column and only their logits are
 computed. `split` deals rows out so that every micro-batch has one: ranks must make the same number of forward passes, however
-many rows each has to train on. A micro-batch is trained on `num_iterations` times; what the first visit learns about its tokens
+many rows each has to train on; and so that completions of one prompt lie together, to be scored with the prompt read once.
+
+A micro-batch is trained on `num_iterations` times; what the first visit learns about its tokens
 (the log-probabilities under the policy that the generation began with, and under the reference) it keeps for the later ones.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 
 from otj_runtime.rollout.types import Completion
+from otj_runtime.train.shared_prompts import SharedPrompts, share_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class MicroBatch:
         sampler_logprobs: [B, C] float32, log-probabilities under the policy that sampled them, in nats; NaN where unknown.
         advantages: [B] float32, in standard deviations of the rewards, or in their own unit if nothing divides them.
         rewards: [B] float32, in the unit of the reward functions' weighted sum.
+        shared: the same rows with each prompt once; None where that saves too little.
         normalizer: see `Selection`.
         old_logprobs: [B, C] float32, under the policy that the first optimizer step on this generation started from; None
             before the first visit.
@@ -75,6 +80,7 @@ class MicroBatch:
     sampler_logprobs: torch.Tensor
     advantages: torch.Tensor
     rewards: torch.Tensor
+    shared: SharedPrompts | None = None
     normalizer: float = 1.0
     old_logprobs: torch.Tensor | None = None
     reference_logprobs: torch.Tensor | None = None
@@ -93,7 +99,7 @@ class MicroBatch:
         """The same micro-batch with its tensors on `device`."""
 
         def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, torch.Tensor) else value
+            return value.to(device) if isinstance(value, torch.Tensor | SharedPrompts) else value
 
         return MicroBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
@@ -103,18 +109,30 @@ def counted_tokens(completion: Completion, *, mask_truncated: bool) -> int:
     return len(completion.token_ids) if completion.finished or not mask_truncated else 0
 
 
-def split(rows: Sequence[Row], *, parts: int, unit: int) -> list[list[Row]]:
-    """Deal `rows` out to `parts` micro-batches, `unit` consecutive rows at a time, as evenly as possible.
+def split(rows: Sequence[Row], *, parts: int, unit: int, steps: int = 1) -> list[list[Row]]:
+    """Deal `rows` out to `parts` micro-batches, as evenly as possible, `unit` consecutive rows at a time.
 
-    A part that would be empty gets a copy of the first unit that does not count.
+    Args:
+        steps: optimizer steps that the micro-batches make up. Each gets rows of every prompt, as far as there are; within a step, rows of one
+            prompt stay together.
+
+    Returns:
+        the parts, those of the first step first. One that would be empty gets a copy of the first unit that does not count.
 
     Raises:
-        ValueError: if there are no rows at all, or not a whole number of units.
+        ValueError: if there are no rows at all, or not a whole number of units, or not a whole number of parts for each step.
     """
-    if not rows or len(rows) % unit:
-        raise ValueError(f"{len(rows)} rows cannot be dealt out in units of {unit}")
+    if not rows or len(rows) % unit or parts % steps:
+        raise ValueError(f"{len(rows)} rows in units of {unit} cannot be dealt out to {parts} micro-batches of {steps} steps")
     units = [list(rows[i : i + unit]) for i in range(0, len(rows), unit)]
-    dealt: list[list[Row]] = [[row for u in units[part::parts] for row in u] for part in range(parts)]
+    each = parts // steps
+    shares = [units[step::steps] for step in range(steps)]
+    bounds = [[len(share) * part // each for part in range(each + 1)] for share in shares]
+    dealt = [
+        [row for u in share[first:last] for row in u]
+        for share, bound in zip(shares, bounds, strict=True)
+        for first, last in itertools.pairwise(bound)
+    ]
     filler = [replace(row, counts=False) for row in units[0]]
     return [part or filler for part in dealt]
 
@@ -139,5 +157,6 @@ def collate(rows: Sequence[Row], *, pad_id: int, mask_truncated: bool, normalize
         sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
         rewards=torch.tensor([row.reward for row in rows], dtype=torch.float32),
+        shared=share_prompts([row.prompt_ids for row in rows], [row.completion.token_ids for row in rows], pad_id=pad_id),
         normalizer=normalizer,
     )

@@ -190,6 +190,12 @@ class OnlineConfig(TrainingArguments):
         return int(self.steps_per_generation or 1) / self.gradient_accumulation_steps
 
     @property
+    def whole_steps_per_iteration(self) -> int:
+        """Optimizer steps that the micro-batches of one pass over a generation fall into; 1 where a step spans passes."""
+        parts = int(self.steps_per_generation or 1)
+        return 1 if parts % self.gradient_accumulation_steps else parts // self.gradient_accumulation_steps
+
+    @property
     def micro_batches_per_generation(self) -> int:
         """Micro-batches that are trained on one generation."""
         return int(self.steps_per_generation or 1) * self.num_iterations

@@ -12,12 +12,15 @@ replaced for the duration of the call, and what that returns passes through the 
 something to logits afterwards (a soft cap, a scale) would do it to log-probabilities instead; so the first call compares what came
 out with what went in, and such a model is scored from its full logits from then on. So is one whose output layer is no plain linear
 layer.
+
+Completions that share a prompt are scored with it read once (`shared_prompts`), if a trial on a few tokens, before the first micro-batch,
+gives what the rows give one by one. On every rank, whatever its rows are: sharded models count forward passes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +28,8 @@ from typing import Any
 import torch
 
 from otj_runtime.train.batch import MicroBatch
+from otj_runtime.train.shared_prompts import SharedPrompts, install, longest_row
+from otj_runtime.train.trial import Trial
 from otj_runtime.weights.forwards import computing_by
 
 log = logging.getLogger(__name__)
@@ -40,10 +45,27 @@ class Scores:
     Attributes:
         logprobs: [B, C] float32, of each completion token at the sampling temperature, in nats.
         entropy: [B, C] float32, of the distribution that each token was drawn from, in nats; without gradient.
+        tokens: [] int64, tokens that the model read for them.
     """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a model reads a micro-batch.
+
+    Attributes:
+        arguments: of the model's forward.
+        predictions: [.., H] of the columns that the model was told to keep -> [B, C, H]: those that predict the completions' tokens.
+        tokens: [] int64.
+    """
+
+    arguments: dict[str, Any]
+    predictions: Callable[[torch.Tensor], torch.Tensor]
+    tokens: torch.Tensor
 
 
 class Scorer:
@@ -62,47 +84,100 @@ class Scorer:
         head = model.get_output_embeddings()
         self._head = head if isinstance(head, torch.nn.Linear) and head.weight.is_floating_point() else None
         self._trusted = False
+        install(model)
+        self._longest_shared = longest_row(model)
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
+        self._tried = False
 
     @property
     def chunked(self) -> bool:
         """Whether log-probabilities are computed in chunks; False also once a model turned out to change its logits afterwards."""
         return self._head is not None
 
+    @property
+    def shares(self) -> bool:
+        """Whether prompts are read once for all their completions; False also once a model turned out not to bear it."""
+        return self._longest_shared is not None
+
     def __call__(self, model: Any, batch: MicroBatch) -> Scores:
         """Run `model` (the scorer's own, or a wrapper of it) on a micro-batch."""
+        if self.shares and not self._tried:
+            self._tried = True
+            self._try(model, batch.input_ids.device)
+        shared = batch.shared
+        if shared is None or self._longest_shared is None or shared.longest > self._longest_shared:
+            return self._read(model, _row_by_row(batch), batch.completion_ids)
+        return self._read(model, _prompts_once(shared), batch.completion_ids)
+
+    def _read(self, model: Any, reading: _Reading, targets: torch.Tensor) -> Scores:
         if self._head is None:
-            return _from_logits(_forward(model, batch)[:, :-1], batch.completion_ids, self._temperature)
-        with _scoring_head(self._head, batch.completion_ids, self._temperature) as returned:
-            output = _forward(model, batch)
+            return _from_logits(reading.predictions(model(**reading.arguments).logits), targets, self._temperature, tokens=reading.tokens)
+        with _scoring_head(self._head, targets, self._temperature, predictions=reading.predictions) as returned:
+            output = model(**reading.arguments).logits
         if not self._trusted:
             if len(returned) != 1 or output.dtype != returned[0].dtype or not torch.equal(output, returned[0]):
                 log.warning("the model changes its logits after the output layer: log-probabilities take the memory of all logits")
                 self._head = None
-                return self(model, batch)
+                return self._read(model, reading, targets)
             self._trusted = True
-        return Scores(output[..., 0], output[..., 1].detach())
+        return Scores(output[..., 0], output[..., 1].detach(), reading.tokens)
+
+    @torch.no_grad()
+    def _try(self, model: Any, device: torch.device) -> None:
+        """Find out whether `model` bears `shared_prompts`."""
+        trial = Trial(vocabulary=self._vocabulary, device=device)
+        rows = trial.rows_and_others
+        plain = self._read(model, _row_by_row(rows), rows.completion_ids).logprobs
+        try:
+            found = self._read(model, _prompts_once(trial.shared), trial.completion_ids).logprobs
+            narrow = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype != torch.float32
+            problem = trial.problem(plain, found, narrow=narrow)
+        except Exception as error:  # whatever the model's own code makes of a keyword and a mask that it does not know
+            problem = f"{type(error).__name__}: {error}"
+        if problem is not None:
+            log.info("prompts are read anew for each of their completions: %s", problem)
+            self._longest_shared = None
 
 
-def _forward(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """What the output layer makes of the completion columns and the one before: the logits of a column predict the next."""
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=(batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=batch.completion_columns + 1,
-    )
-    return output.logits  # type: ignore[no-any-return]
+def _row_by_row(batch: MicroBatch) -> _Reading:
+    """Every row with its prompt. The logits of a column predict the next, and those of the last nothing that was sampled."""
+    arguments = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        "use_cache": False,
+        "logits_to_keep": batch.completion_columns + 1,
+    }
+    return _Reading(arguments, lambda kept: kept[:, :-1], batch.attention_mask.sum())
+
+
+def _prompts_once(shared: SharedPrompts) -> _Reading:
+    """Every prompt once. The mask only keeps the model from making one of its own: `shared` has them."""
+    arguments = {
+        "input_ids": shared.input_ids,
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=shared.input_ids.device),
+        "position_ids": shared.position_ids,
+        "use_cache": False,
+        "logits_to_keep": shared.predicting,
+        "shared_prompts": shared,
+    }
+    return _Reading(arguments, shared.rows, shared.tokens)
 
 
 @contextmanager
-def _scoring_head(head: torch.nn.Linear, targets: torch.Tensor, temperature: float) -> Iterator[list[torch.Tensor]]:
-    """Let `head` return [B, C, 2], log-probability and entropy, instead of logits; what it returned is noted in the list."""
+def _scoring_head(
+    head: torch.nn.Linear, targets: torch.Tensor, temperature: float, *, predictions: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[torch.Tensor]]:
+    """Let `head` return [B, C, 2], log-probability and entropy, instead of logits; what it returned is noted in the list.
+
+    Args:
+        targets: [B, C] int64, the tokens to score.
+        predictions: see `_Reading`.
+    """
     returned: list[torch.Tensor] = []
 
     def score(hidden: torch.Tensor) -> torch.Tensor:
-        # The last column predicts nothing that was sampled.
-        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        rows = predictions(hidden).reshape(-1, hidden.shape[-1])
         both = _ChunkedScores.apply(rows, head.weight, head.bias, targets.reshape(-1), temperature)  # type: ignore[no-untyped-call]
         returned.append(torch.stack(both, dim=-1).view(*targets.shape, 2))
         return returned[-1]
@@ -111,13 +186,13 @@ def _scoring_head(head: torch.nn.Linear, targets: torch.Tensor, temperature: flo
         yield returned
 
 
-def _from_logits(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> Scores:
+def _from_logits(logits: torch.Tensor, targets: torch.Tensor, temperature: float, *, tokens: torch.Tensor) -> Scores:
     """The plain way: [B, C, vocabulary] logits."""
     logits = logits.float() / temperature
     logprobs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     with torch.no_grad():
         entropy = logits.logsumexp(dim=-1) - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
-    return Scores(logprobs, entropy)
+    return Scores(logprobs, entropy, tokens)
 
 
 class _ChunkedScores(torch.autograd.Function):

@@ -52,10 +52,10 @@ class StepClock:
         """A step begins to learn."""
         self._ready, self._tokens = time.monotonic(), []
 
-    def count(self, attention_mask: torch.Tensor) -> None:
-        """A micro-batch is learnt from. `attention_mask`: [B, P + C] int64, 1 on tokens; it stays on its device."""
+    def count(self, tokens: torch.Tensor) -> None:
+        """A micro-batch is learnt from. `tokens`: [] int64, that the model read; it stays on its device."""
         if self._peak is not None:
-            self._tokens.append(attention_mask.sum())
+            self._tokens.append(tokens)
 
     def read(self) -> dict[str, float]:
         """Seconds since the batches were there, and the share of the device's arithmetic that the model's own operations are: `time/train`

@@ -228,12 +228,14 @@ class OnlineTrainer(SavingTrainer):
         selection = self.select(groups)
         if self.completions is not None:
             self.completions.add(groups, {id(row.completion): row.advantage for row in selection.rows})
-        parts = split(selection.rows, parts=int(self.config.steps_per_generation or 1), unit=self.unit)
-        masked = self.config.mask_truncated_completions
+        config = self.config
+        steps = config.whole_steps_per_iteration
+        parts = split(selection.rows, parts=int(config.steps_per_generation or 1), unit=self.unit, steps=steps)
+        masked = config.mask_truncated_completions
         batches = [collate(part, pad_id=self._pad_id, mask_truncated=masked, normalizer=selection.normalizer) for part in parts]
         batches = [batch.to(self.accelerator.device) for batch in batches]
         # The first optimizer step meets its micro-batches with the old policy and notes it; for later steps it would be too late.
-        for batch in batches[self.config.gradient_accumulation_steps :]:
+        for batch in batches[config.gradient_accumulation_steps :]:
             with torch.no_grad(), self.compute_loss_context_manager():
                 batch.old_logprobs = self._scorer(self.model_wrapped, batch).logprobs
         return batches
@@ -251,7 +253,7 @@ class OnlineTrainer(SavingTrainer):
         if self.needs_reference and inputs.reference_logprobs is None:
             inputs.reference_logprobs = self._reference_logprobs(model, inputs)
         scores = self._scorer(model, inputs)
-        self._clock.count(inputs.attention_mask)
+        self._clock.count(scores.tokens)
         if inputs.old_logprobs is None:
             inputs.old_logprobs = scores.logprobs.detach()
         self._measure(inputs, scores)

@@ -33,21 +33,28 @@ def test_a_row_that_does_not_count_has_an_empty_mask() -> None:
     assert float(collate([row([1], [2, 3], counts=False)], pad_id=0, mask_truncated=False).completion_mask.sum()) == 0.0
 
 
-@given(units=st.integers(1, 12), parts=st.integers(1, 6), unit=st.integers(1, 3))
-def test_every_micro_batch_gets_whole_units_and_no_row_is_lost(units: int, parts: int, unit: int) -> None:
+@given(units=st.integers(1, 12), each=st.integers(1, 6), unit=st.integers(1, 3), steps=st.integers(1, 3))
+def test_every_micro_batch_gets_whole_units_and_no_row_is_lost(units: int, each: int, unit: int, steps: int) -> None:
     rows = [row([i], [i]) for i in range(units * unit)]
-    dealt = split(rows, parts=parts, unit=unit)
+    dealt = split(rows, parts=each * steps, unit=unit, steps=steps)
     counted = [r.prompt_ids[0] for part in dealt for r in part if r.counts]
-    assert len(dealt) == parts
+    assert len(dealt) == each * steps
     assert all(part and len(part) % unit == 0 for part in dealt)
     assert sorted(counted) == list(range(units * unit))
     sizes = [sum(r.counts for r in part) for part in dealt]
     assert max(sizes) - min(sizes) <= unit
 
 
-def test_rows_that_are_no_whole_units_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 rows cannot be dealt out in units of 2"):
-        split([row([1], [1])] * 3, parts=1, unit=2)
+def test_rows_of_a_prompt_lie_together_within_a_step_and_every_step_gets_some() -> None:
+    rows = [row([prompt], [prompt]) for prompt in (1, 2) for _ in range(4)]
+    dealt = [[r.prompt_ids[0] for r in part] for part in split(rows, parts=4, unit=1, steps=2)]
+    assert dealt == [[1, 1], [2, 2], [1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize(("rows", "parts", "unit", "steps"), [(3, 1, 2, 1), (4, 3, 1, 2), (0, 1, 1, 1)])
+def test_what_cannot_be_dealt_out_is_refused(rows: int, parts: int, unit: int, steps: int) -> None:
+    with pytest.raises(ValueError, match=f"{rows} rows in units of {unit} cannot be dealt out to {parts} micro-batches of {steps} steps"):
+        split([row([1], [1])] * rows, parts=parts, unit=unit, steps=steps)
 
 
 def test_moving_a_batch_keeps_all_of_it() -> None:

@@ -120,7 +120,8 @@ def test_a_model_that_caps_its_logits_is_scored_from_all_of_them(batch: MicroBat
 
 def test_the_output_layer_is_itself_again_after_an_error() -> None:
     model = small(LlamaConfig)
-    with pytest.raises(RuntimeError, match="in the middle"), logprobs._scoring_head(model.lm_head, torch.zeros(1, 1).long(), 1.0):
+    scoring = logprobs._scoring_head(model.lm_head, torch.zeros(1, 1).long(), 1.0, predictions=lambda hidden: hidden)
+    with pytest.raises(RuntimeError, match="in the middle"), scoring:
         raise RuntimeError("in the middle")
     assert model(input_ids=torch.ones(1, 2).long()).logits.shape == (1, 2, 12)
 

@@ -21,8 +21,8 @@ def later(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_mfu_is_the_share_of_the_peak_that_the_models_operations_are(later: list[float], trained: int, operations: int) -> None:
     clock = StepClock(parameters=1000, trained=trained, peak=1e6)
     clock.batches_ready()
-    clock.count(torch.tensor([[0, 1, 1], [1, 1, 1]]))
-    clock.count(torch.tensor([[1, 1, 1]]))
+    clock.count(torch.tensor(5))
+    clock.count(torch.tensor(3))
     later[0] += 2.0
     assert clock.read() == {"time/train": 2.0, "mfu": pytest.approx(8 * operations / 2.0 / 1e6)}
 
@@ -31,7 +31,7 @@ def test_a_step_counts_its_own_tokens_only(later: list[float]) -> None:
     clock = StepClock(parameters=1, trained=1, peak=1.0)
     for _ in range(2):
         clock.batches_ready()
-        clock.count(torch.ones(1, 5, dtype=torch.int64))
+        clock.count(torch.tensor(5))
         later[0] += 1.0
     assert clock.read()["mfu"] == 6 * 5
 
