@@ -24,6 +24,7 @@ from typing import Any
 
 from aiohttp import web
 
+from otj_runtime.pod.names import GENERATE_ROUTE
 from otj_runtime.rewards.scoring import Reward, Rewards
 from otj_runtime.rollout.collect import Rollouts
 from otj_runtime.rollout.pipeline import Pipeline
@@ -62,7 +63,7 @@ class SleepingGenerator:
     def _serve(self, started: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
         app = web.Application()
-        app.router.add_post("/inference/v1/generate", self._answer)
+        app.router.add_post(GENERATE_ROUTE, self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         self._loop.run_until_complete(self._runner.setup())
         self._loop.run_until_complete(web.TCPSite(self._runner, "127.0.0.1", 0).start())
@@ -79,7 +80,7 @@ class SleepingGenerator:
         count = body["sampling_params"]["n"]
         choice = {
             "token_ids": [1] * TOKENS,
-            "logprobs": {"content": [{"logprob": -0.5}] * TOKENS},
+            "logprobs": [-0.5] * TOKENS,
             "finish_reason": "length",
             "weight_versions": [{"version": str(version), "start": 0, "end": TOKENS}],
         }

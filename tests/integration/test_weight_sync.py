@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from otj_runtime.api import DType
 from otj_runtime.pod.errors import GeneratorNotReady
+from otj_runtime.pod.names import GENERATE_ROUTE
 from otj_runtime.pod.ports import free_port
 from otj_runtime.pod.transfer import Transfer
 from otj_runtime.rollout.types import Completion
@@ -44,6 +46,7 @@ pytestmark = pytest.mark.integration
 FAMILIES = ["embed_tokens", "norm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SEQUENCES = random_sequences(VOCABULARY)
 PROMPT = [5, 6, 7, 8]
+OWN_ROUTE = "/inference/v1/generate"
 
 
 # The runs of test_otj_run.py have an untied output layer, proven at every sync.
@@ -350,10 +353,30 @@ def _replayed(policies: dict[int, Any], prompt: list[int], completion: Completio
     return found
 
 
-def _generate(url: str, *, tokens: int, count: int) -> dict[str, Any]:
-    parameters = {"n": count, "max_tokens": tokens, "temperature": 1.0, "logprobs": 0, "output_kind": 2, "ignore_eos": True}
-    body = json.dumps({"model": "policy", "token_ids": PROMPT, "sampling_params": parameters}).encode()
-    request = urllib.request.Request(f"{url}/inference/v1/generate", body, {"Content-Type": "application/json"})
+def test_the_short_answer_says_what_vllms_own_says(tied_server: Generator) -> None:
+    _sync(tied_server, _load(tied_server.model)).push(90)
+    short, own = (_generate(tied_server.url, tokens=20, count=1, temperature=0.0, route=route) for route in (GENERATE_ROUTE, OWN_ROUTE))
+    for ours, theirs in zip(short["choices"], own["choices"], strict=True):
+        assert {name: ours[name] for name in ("index", "token_ids", "finish_reason", "weight_versions")} == {
+            name: theirs[name] for name in ("index", "token_ids", "finish_reason", "weight_versions")
+        }
+        assert ours["logprobs"] == pytest.approx([entry["logprob"] for entry in theirs["logprobs"]["content"]], abs=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "model", "status"), [(-1, "policy", 400), (4, "nobody", 404)])
+def test_the_short_route_refuses_as_vllms_own(tied_server: Generator, tokens: int, model: str, status: int) -> None:
+    for route in (GENERATE_ROUTE, OWN_ROUTE):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            _generate(tied_server.url, tokens=tokens, count=1, model=model, route=route)
+        assert refused.value.code == status
+
+
+def _generate(
+    url: str, *, tokens: int, count: int, temperature: float = 1.0, model: str = "policy", route: str = GENERATE_ROUTE
+) -> dict[str, Any]:
+    parameters = {"n": count, "max_tokens": tokens, "temperature": temperature, "logprobs": 0, "output_kind": 2, "ignore_eos": True}
+    body = json.dumps({"model": model, "token_ids": PROMPT, "sampling_params": parameters}).encode()
+    request = urllib.request.Request(url + route, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
         answer: dict[str, Any] = json.load(response)
     return answer

@@ -27,6 +27,9 @@ PROGRESS_ROUTE = "/progress"
 STATUS_ROUTE = "/status"
 HEALTH_ROUTE = "/healthz"
 
+GENERATE_ROUTE = "/otj/generate"
+"""The generator's, for rollouts."""
+
 SERVED_MODEL = "policy"
 """Name under which vLLM serves the model being trained."""
 

@@ -3,7 +3,7 @@
 Each training rank sends its own prompts, one request per prompt with all completions of its group, and gets token ids,
 log-probabilities and the weight versions that produced the tokens:
 
-    rank --POST /inference/v1/generate {token_ids, n, ...}--> vLLM
+    rank --POST /otj/generate {token_ids, n, ...}--> vLLM, with `vllm_answers`
          <-- choices: token_ids, logprobs, weight_versions ---
 
 Several batches may be under way, each in a thread of its own with its own event loop. Weights may arrive meanwhile: vLLM freezes
@@ -26,7 +26,7 @@ from typing import Any
 import aiohttp
 
 from otj_runtime.pod.errors import GeneratorLost
-from otj_runtime.pod.names import ENGINE_HEADER, SERVED_MODEL
+from otj_runtime.pod.names import ENGINE_HEADER, GENERATE_ROUTE, SERVED_MODEL
 from otj_runtime.rollout.load import Load
 from otj_runtime.rollout.stragglers import patience
 from otj_runtime.rollout.types import Cancelled, Completion, Sampling, Span
@@ -152,7 +152,7 @@ class VLLMEngine:
         with self._load.request(len(prompt) + sampling.count * sampling.max_tokens) as engine:
             headers = {ENGINE_HEADER: str(engine)} if self._engines > 1 else None
             body = request_body(prompt, sampling, self._end_tokens)
-            async with session.post("/inference/v1/generate", json=body, headers=headers) as response:
+            async with session.post(GENERATE_ROUTE, json=body, headers=headers) as response:
                 if response.status == 404:  # it serves no policy: it started anew, and waits for the adapter
                     raise StaleAnswer(f"the generator serves no model {SERVED_MODEL}: {(await response.text())[:500]}")
                 if response.status in (400, 422):
@@ -195,11 +195,10 @@ def parse_choice(choice: dict[str, Any], version: int) -> Completion:
     versions = [str(span["version"]) for span in stated]
     if not versions or not all(name.isdigit() and int(name) >= version for name in versions):
         raise StaleAnswer(f"expected tokens of policy version {version} or later, got {sorted(set(versions)) or 'none stated'}")
-    content = choice["logprobs"]["content"]
     spans = tuple(Span(int(span["version"]), int(span["start"]), int(span["end"])) for span in stated)
     return Completion(
         token_ids=[int(token) for token in choice["token_ids"]],
-        logprobs=[float(entry["logprob"]) for entry in content],
+        logprobs=[float(logprob) for logprob in choice["logprobs"]],
         finished=choice["finish_reason"] == "stop",
         policy_version=min(span.version for span in spans),
         spans=spans if len(spans) > 1 else (),

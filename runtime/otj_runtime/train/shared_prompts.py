@@ -1,4 +1,4 @@
-"""Completions of one prompt are scored with the prompt read once, not once for each of them.
+"""Completions of one prompt are scored with the prompt read once, not once for each of them (as in arXiv:2506.05433).
 
     rows of a micro-batch                     one sequence that the model reads
     prompt A, completion 1

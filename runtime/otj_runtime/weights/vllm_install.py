@@ -10,6 +10,7 @@ Requests in flight keep the keys and values that older weights computed for thei
 than the installation. What they sample is labelled with the new version from here on, and their log-probabilities are those that were
 sampled from. Prefixes in the cache are forgotten, so that no request which starts now reads older ones.
 
+    POST /otj/generate             ->  rollouts: see `rollout.vllm_answers`
     GET /otj/devices               ->  what each worker can see of the GPUs, by which the trainer judges the ways to it
 
 A call that an engine is to answer never ends where that engine dies: vLLM fails the requests for completions and nothing else, and its server,
@@ -90,7 +91,10 @@ class InstallEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
+        from otj_runtime.rollout import vllm_answers  # only the server needs it, and it brings half of the server along
+
         app.add_middleware(EndWithEngine)
+        vllm_answers.attach(app)
 
         @app.post("/otj/install")
         async def install(request: Request, version: Annotated[str, Body(embed=True)]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from otj_runtime.pod.errors import GeneratorLost
+from otj_runtime.pod.names import GENERATE_ROUTE
 from otj_runtime.rollout.types import Cancelled, Sampling, Span
 from otj_runtime.rollout.vllm_engine import StaleAnswer, VLLMEngine, parse_choice
 
@@ -37,7 +38,7 @@ class ScriptedGenerator:
         asyncio.set_event_loop(self._loop)
         self._over = asyncio.Event()
         app = web.Application()
-        app.router.add_post("/inference/v1/generate", self._answer)
+        app.router.add_post(GENERATE_ROUTE, self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         self._loop.run_until_complete(self._runner.setup())
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -68,7 +69,7 @@ class ScriptedGenerator:
             {
                 "index": i,
                 "token_ids": [*body["token_ids"], i],
-                "logprobs": {"content": [{"token_id": t, "logprob": -0.1} for t in [*body["token_ids"], i]]},
+                "logprobs": [-0.1] * (len(body["token_ids"]) + 1),
                 "finish_reason": "stop" if i == 0 else "length",
                 "weight_versions": [{"start": 0, "end": len(body["token_ids"]) + 1, "version": version}],
             }
@@ -140,7 +141,7 @@ def choice(*versions: tuple[str, int, int]) -> dict[str, Any]:
     length = versions[-1][2] if versions else 1
     return {
         "token_ids": list(range(length)),
-        "logprobs": {"content": [{"logprob": -0.5}] * length},
+        "logprobs": [-0.5] * length,
         "finish_reason": "stop",
         "weight_versions": [{"version": name, "start": start, "end": end} for name, start, end in versions],
     }
