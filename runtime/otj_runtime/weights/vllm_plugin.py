@@ -35,6 +35,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from otj_runtime.rollout.vllm_bursts import send_in_bursts
 from otj_runtime.weights.borrowed import BorrowedStaging
 from otj_runtime.weights.errors import MailboxError, UnsupportedVLLM
 from otj_runtime.weights.installed import InstalledCheck
@@ -79,6 +80,7 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, MailboxEngine)
         WeightTransferTrainerFactory.register_engine(BACKEND, MailboxTrainerEngine)
     offer_installation()
+    send_in_bursts()
 
 
 @dataclass
