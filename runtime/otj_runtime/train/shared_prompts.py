@@ -102,16 +102,20 @@ class SharedPrompts:
         within, across = self._masks_for(query.dtype if written_out else None)
         prompts, rows = zip(*(self._parts(states) for states in (query, key, value)), strict=True)
         seen, _ = attention(module, *prompts, within, **keywords)
-        joined = [torch.cat([p.index_select(0, self._prompt_of), c], dim=2) for p, c in zip(prompts[1:], rows[1:], strict=True)]
+        joined = [torch.cat([self._for_each_row(p), c], dim=2) for p, c in zip(prompts[1:], rows[1:], strict=True)]
         answered, _ = attention(module, rows[0], *joined, across, **keywords)
         return torch.cat([seen.flatten(0, 1), answered.flatten(0, 1)])[None], None
 
     def _parts(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[1, heads, N, D] -> prompts [n, heads, P, D], completions [B, heads, C, D]."""
-        first = self._prompts * self._width
-        prompts = states[0, :, :first].unflatten(1, (self._prompts, self._width))
-        rows = states[0, :, first:].unflatten(1, (self._completions, self._columns))
+        prompts, rows = states[0].split([self._prompts * self._width, self._completions * self._columns], dim=1)
+        prompts = prompts.unflatten(1, (self._prompts, self._width))
+        rows = rows.unflatten(1, (self._completions, self._columns))
         return prompts.transpose(0, 1), rows.transpose(0, 1)
+
+    def _for_each_row(self, prompts: torch.Tensor) -> torch.Tensor:
+        """[n, ...] -> [B, ...]."""
+        return prompts.expand(self._completions, -1, -1, -1) if self._prompts == 1 else prompts.index_select(0, self._prompt_of)
 
     def _masks_for(self, added: torch.dtype | None) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Who sees whom, among prompts [n or 1, 1, P, P] and from completions [B or 1, 1, C, P + C]: True where, or numbers of type `added` that
