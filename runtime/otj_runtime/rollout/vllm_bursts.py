@@ -15,9 +15,9 @@ flat log-probabilities, as only `vllm_answers` does. vLLM's metrics see the toke
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import msgspec
@@ -39,9 +39,31 @@ _NOTHING = tuple(_FIELDS[name] for name in _REST)
 
 @dataclass(slots=True)
 class _Kept:
+    """Of one request. Numbers and no arrays: of a few thousand arrays Python's garbage collector makes more work than all of this saves."""
+
     client: int
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[LogprobsLists] = field(default_factory=list)
+    like: LogprobsLists | None = None
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+
+    def add(self, tokens: list[int], logprobs: LogprobsLists | None) -> None:
+        self.tokens += tokens
+        if logprobs is not None:
+            self.like = logprobs
+            self.ids += logprobs.logprob_token_ids.ravel().tolist()
+            self.logprobs += logprobs.logprobs.ravel().tolist()
+            self.ranks += logprobs.sampled_token_ranks.tolist()
+
+    def joined(self) -> LogprobsLists | None:
+        """As the engine would have made them of all tokens at once."""
+        if self.like is None:
+            return None
+        width = self.like.logprobs.shape[1]
+        ids = np.array(self.ids, dtype=self.like.logprob_token_ids.dtype).reshape(-1, width)
+        logprobs = np.array(self.logprobs, dtype=self.like.logprobs.dtype).reshape(-1, width)
+        return LogprobsLists(ids, logprobs, np.array(self.ranks, dtype=self.like.sampled_token_ranks.dtype), None)
 
 
 class Bursts:
@@ -64,25 +86,23 @@ class Bursts:
 
     def _leaves(self, output: EngineCoreOutput, client: int, requests: Mapping[str, Any]) -> bool:
         kept = self._kept.get(output.request_id)
-        more = all(mine is nothing for mine, nothing in zip(_rest(output), _NOTHING, strict=True))
+        more = all(map(is_, _rest(output), _NOTHING))  # for each token of each request, so without a loop in Python
         if kept is None:
             if not more or not _unwatched(requests.get(output.request_id)):
                 return True
             kept = self._kept[output.request_id] = _Kept(client)
-        kept.tokens += output.new_token_ids
-        if output.new_logprobs is not None:
-            kept.logprobs.append(output.new_logprobs)
+        kept.add(output.new_token_ids, output.new_logprobs)
         if more and len(kept.tokens) < BURST:
             return False
         del self._kept[output.request_id]
-        output.new_token_ids, output.new_logprobs = kept.tokens, _joined(kept.logprobs)
+        output.new_token_ids, output.new_logprobs = kept.tokens, kept.joined()
         return True
 
     def release(self) -> dict[int, list[EngineCoreOutput]]:
         """All that is kept, by client."""
         found: dict[int, list[EngineCoreOutput]] = {}
         for name, kept in self._kept.items():
-            output = EngineCoreOutput(request_id=name, new_token_ids=kept.tokens, new_logprobs=_joined(kept.logprobs))
+            output = EngineCoreOutput(request_id=name, new_token_ids=kept.tokens, new_logprobs=kept.joined())
             found.setdefault(kept.client, []).append(output)
         self._kept = {}
         return found
@@ -96,13 +116,6 @@ def _unwatched(request: Any) -> bool:
         and parameters.output_kind == RequestOutputKind.FINAL_ONLY
         and not parameters.stop
     )
-
-
-def _joined(parts: Collection[LogprobsLists]) -> LogprobsLists | None:
-    if not parts:
-        return None
-    tokens, logprobs, ranks, _ = zip(*parts, strict=True)
-    return LogprobsLists(np.concatenate(tokens), np.concatenate(logprobs), np.concatenate(ranks), None)
 
 
 def send_in_bursts() -> None:
