@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from otj_runtime.rollout.types import Completion
 from otj_runtime.train.batch import MicroBatch, Row, collate
 from otj_runtime.train.logprobs import Scorer
+from otj_runtime.train.shared_prompts import install
 from tests.bench.report import Bar, conclude, machine, table
 from tests.bench.step import SHAPE_15B
 
@@ -110,6 +111,7 @@ def main() -> int:
     model.to(options.device)
     sizes = {name: getattr(options, name) for name in ("prompts", "group", "prompt_tokens", "completion_tokens")}
     batch = make_batch(**sizes).to(torch.device(options.device))
+    install(model)
     scorer = Scorer(model, temperature=1.0)
     ways = {name: Run(model, scorer, batch, shared=name == ONCE, bf16=options.bf16) for name in (ANEW, ONCE)}
     apart = difference(ways[ONCE].gradient(), ways[ANEW].gradient())

@@ -53,6 +53,7 @@ def main() -> None:
     )
     checkpoint = newest_checkpoint(Path(output))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    assert trainer._scorer.shares, "the strategy keeps prompts from being read once"
     trainer.save_model(str(Path(output) / "model"))
     if lora is not None:
         save_merged(trainer, Path(output) / "merged")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from otj_runtime.pod.errors import ModelNotFound
 from otj_runtime.train.config import OnlineConfig
+from otj_runtime.train.shared_prompts import install
 
 
 def load_policy(model: Any, tokenizer: Any, *, args: OnlineConfig, peft_config: Any) -> tuple[Any, Any]:
@@ -28,6 +29,7 @@ def load_policy(model: Any, tokenizer: Any, *, args: OnlineConfig, peft_config: 
     policy = load_model(model, **init)
     if args.disable_dropout:
         switch_off_dropout(policy)
+    install(policy)  # now: what wraps it later hides what class it is
     if peft_config is not None:
         set_seed(args.seed)  # the adapter's first values are drawn, and every strategy must begin with the same
         policy = with_adapter(policy, peft_config)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from otj_runtime.train.batch import MicroBatch
-from otj_runtime.train.shared_prompts import SharedPrompts, install, longest_row
+from otj_runtime.train.shared_prompts import SharedPrompts, longest_row
 from otj_runtime.train.trial import Trial
 from otj_runtime.weights.forwards import computing_by
 
@@ -84,7 +84,6 @@ class Scorer:
         head = model.get_output_embeddings()
         self._head = head if isinstance(head, torch.nn.Linear) and head.weight.is_floating_point() else None
         self._trusted = False
-        install(model)
         self._longest_shared = longest_row(model)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._tried = False
@@ -127,15 +126,15 @@ class Scorer:
         """Find out whether `model` bears `shared_prompts`."""
         trial = Trial(vocabulary=self._vocabulary, device=device)
         rows = trial.rows_and_others
-        plain = self._read(model, _row_by_row(rows), rows.completion_ids).logprobs
-        try:
-            found = self._read(model, _prompts_once(trial.shared), trial.completion_ids).logprobs
-            narrow = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype != torch.float32
-            problem = trial.problem(plain, found, narrow=narrow)
-        except Exception as error:  # whatever the model's own code makes of a keyword and a mask that it does not know
-            problem = f"{type(error).__name__}: {error}"
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a run that resumes draws what it would have drawn
+            plain = self._read(model, _row_by_row(rows), rows.completion_ids).logprobs
+            try:
+                found = self._read(model, _prompts_once(trial.shared), trial.completion_ids).logprobs
+                problem = trial.problem(plain, found)
+            except Exception as error:  # whatever the model's own code makes of a keyword and a mask that it does not know
+                problem = f"{type(error).__name__}: {error}"
         if problem is not None:
-            log.info("prompts are read anew for each of their completions: %s", problem)
+            log.warning("prompts are read anew for each of their completions: %s", problem)
             self._longest_shared = None
 
 

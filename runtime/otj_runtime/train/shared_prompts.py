@@ -45,7 +45,7 @@ class SharedPrompts:
         predicting: [B C] int64, the columns whose logits predict the completions' tokens, row by row.
         tokens: [] int64, columns that are no padding.
         longest: P + C.
-        uses: how often attention has looked at this.
+        computed_in: type of the values that attention met; None if it never looked at this.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class SharedPrompts:
         self.predicting = torch.cat([last_of_prompt[:, None], rows[:, :-1]], dim=1).flatten()
         self.tokens = lengths.sum() + sum(map(len, completions))
         self.longest = self._width + self._columns
-        self.uses = 0
+        self.computed_in: torch.dtype | None = None
         self._masks: dict[torch.dtype | None, tuple[torch.Tensor | None, torch.Tensor]] = {}
 
     def to(self, device: torch.device) -> SharedPrompts:
@@ -97,7 +97,7 @@ class SharedPrompts:
         Returns:
             [1, N, heads, D] and None, as transformers' attention functions do.
         """
-        self.uses += 1
+        self.computed_in = value.dtype
         written_out = attention is not sdpa_attention_forward
         within, across = self._masks_for(query.dtype if written_out else None)
         prompts, rows = zip(*(self._parts(states) for states in (query, key, value)), strict=True)
@@ -159,8 +159,11 @@ def share_prompts(prompts: Sequence[list[int]], completions: Sequence[list[int]]
 
 
 def install(model: Any) -> None:
-    """Let the attention of `model`, a transformers model, know `shared_prompts`. One stays as it is that is known to have other layers that look
-    across tokens, or a kernel that wants its own kind of masks, as FlashAttention's."""
+    """Let the attention of `model`, a transformers model that nothing wraps yet, know `shared_prompts`.
+
+    One stays as it is that is known to have other layers that look across tokens, or a kernel that wants its own kind of masks, as
+    FlashAttention's.
+    """
     config = model.config.get_text_config()
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if config._attn_implementation in ("sdpa", "eager") and not others and not getattr(model, "_is_stateful", False):

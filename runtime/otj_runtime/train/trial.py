@@ -49,19 +49,20 @@ class Trial:
         """[4, C] int64, of the four rows."""
         return self.rows_and_others.completion_ids[: self._rows]
 
-    def problem(self, plain: torch.Tensor, found: torch.Tensor, *, narrow: bool) -> str | None:
+    def problem(self, plain: torch.Tensor, found: torch.Tensor) -> str | None:
         """What speaks against reading prompts once; None if nothing does.
 
         Args:
-            narrow: whether the model computes in 16 bits.
             plain: [8, C] float32, log-probabilities of `rows_and_others`, in nats.
             found: [4, C] float32, those of `shared`.
         """
-        if not self.shared.uses:
+        if self.shared.computed_in is None:
             return "the model does not hand shared_prompts to its attention"
         counted = self.rows_and_others.completion_mask[: self._rows] > 0
         difference = float((found - plain[: self._rows])[counted].abs().mean())
         another = float((plain[self._rows :] - plain[: self._rows])[counted].abs().mean())
-        if not difference <= another * (NARROW_TOLERANCE if narrow else TOLERANCE):  # so that NaN is a problem, too
+        # Whether it computes in 16 bits is only known within the model: accelerate switches autocast on there.
+        tolerance = TOLERANCE if self.shared.computed_in.itemsize >= 4 else NARROW_TOLERANCE
+        if not difference <= another * tolerance:  # so that NaN is a problem, too
             return f"log-probabilities would differ by {difference:.1e} nats, where another prompt makes {another:.1e}"
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -30,7 +29,7 @@ from otj_runtime.rollout.types import Completion
 from otj_runtime.train import shared_prompts
 from otj_runtime.train.batch import MicroBatch, Row, collate
 from otj_runtime.train.logprobs import Scorer
-from otj_runtime.train.shared_prompts import share_prompts
+from otj_runtime.train.shared_prompts import install, share_prompts
 from tests.unit.train.policies import gradient, moved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +55,13 @@ ROWS = [
 
 def small(kind: type[Any], **changes: Any) -> Any:
     torch.manual_seed(0)
-    return moved(AutoModelForCausalLM.from_config(kind(**SIZES | changes)), seed=1)
+    return ready(moved(AutoModelForCausalLM.from_config(kind(**SIZES | changes)), seed=1))
+
+
+def ready(model: Any) -> Any:
+    """As the trainer's loading leaves it."""
+    install(model)
+    return model
 
 
 def batch_of(rows: list[tuple[list[int], list[int]]]) -> MicroBatch:
@@ -117,6 +122,14 @@ def test_under_autocast_the_same_up_to_its_rounding() -> None:
     assert float((slope - expected).norm() / expected.norm()) < 0.03
 
 
+def test_autocast_within_the_model_is_rounding_too() -> None:
+    model = small(LlamaConfig)
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # as accelerate does
+    scorer = Scorer(model, temperature=1.0)
+    scorer(model, batch_of(ROWS))
+    assert scorer.shares
+
+
 def test_recomputed_checkpoints_know_it_too() -> None:
     model = small(LlamaConfig)
     model.gradient_checkpointing_enable()
@@ -156,7 +169,7 @@ def falcon_h1() -> Any:
 
 
 def bloom() -> Any:
-    return AutoModelForCausalLM.from_config(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=4))
+    return ready(AutoModelForCausalLM.from_config(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=4)))
 
 
 def lfm2() -> Any:
@@ -193,10 +206,9 @@ def test_a_trial_finds_out_where_nobody_knew(
     policy = model()
     monkeypatch.setattr(shared_prompts, "ATTENTION_LAYERS", {"conv", "hybrid", *shared_prompts.ATTENTION_LAYERS})
     monkeypatch.setattr(type(policy), "_is_stateful", False, raising=False)
-    with caplog.at_level(logging.INFO):
-        scorer = Scorer(policy, temperature=1.0)
-        before = scorer.shares
-        scorer(policy, batch_of(ROWS))
+    scorer = Scorer(ready(policy), temperature=1.0)
+    before = scorer.shares
+    scorer(policy, batch_of(ROWS))
     assert (before, scorer.shares) == (True, False)
     assert why in caplog.text
 
@@ -205,9 +217,8 @@ def test_a_model_that_drops_the_keyword_is_found_out(monkeypatch: pytest.MonkeyP
     model = small(LlamaConfig)
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda shared_prompts=None, **keywords: forward(**keywords))
-    with caplog.at_level(logging.INFO):
-        scorer = Scorer(model, temperature=1.0)
-        scorer(model, batch_of(ROWS))
+    scorer = Scorer(model, temperature=1.0)
+    scorer(model, batch_of(ROWS))
     assert not scorer.shares
     assert "prompts are read anew for each of their completions" in caplog.text
 
