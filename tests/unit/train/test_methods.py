@@ -132,7 +132,8 @@ def test_without_adapters_a_policy_is_its_own_reference(tiny: tuple[Any, Any], t
     trainer.reference = None
     [ours], [theirs] = trainer._build_batches(UNEVEN[:2]), copied._build_batches(UNEVEN[:2])
     assert trainer.compute_loss(model, ours).item() == pytest.approx(copied.compute_loss(model, theirs).item(), abs=1e-6)
-    torch.testing.assert_close(ours.reference_logprobs, theirs.reference_logprobs)
+    counted = ours.completion_mask > 0  # what stands on padding means nothing, and differs where one reads prompts once
+    torch.testing.assert_close(ours.reference_logprobs[counted], theirs.reference_logprobs[counted])
 
 
 @pytest.mark.parametrize(
