@@ -57,6 +57,12 @@ def choice(output: Any) -> dict[str, Any]:
     }
 
 
+def prepare(state: Any) -> None:
+    """Note in the server's `state` what answers the route, once vLLM has set up its own."""
+    state.otj_answers = copy.copy(state.serving_tokens)
+    state.otj_answers.__class__ = ShortAnswers
+
+
 def attach(app: FastAPI) -> None:
     """Add the route."""
 
@@ -64,9 +70,7 @@ def attach(app: FastAPI) -> None:
     @with_cancellation  # type: ignore[untyped-decorator]
     async def generate(request: GenerateRequest, raw_request: Request) -> Response:
         request.sampling_params.flat_logprobs = True
-        serving = copy.copy(raw_request.app.state.serving_tokens)
-        serving.__class__ = ShortAnswers
-        found = await serving.serve_tokens(request, raw_request)
+        found = await raw_request.app.state.otj_answers.serve_tokens(request, raw_request)
         if isinstance(found, ErrorResponse):
             return JSONResponse(found.model_dump(), status_code=found.error.code)
         return Response(found, media_type="application/json")

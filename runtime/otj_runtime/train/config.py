@@ -192,8 +192,8 @@ class OnlineConfig(TrainingArguments):
     @property
     def whole_steps_per_iteration(self) -> int:
         """Optimizer steps that the micro-batches of one pass over a generation fall into; 1 where a step spans passes."""
-        parts = int(self.steps_per_generation or 1)
-        return 1 if parts % self.gradient_accumulation_steps else parts // self.gradient_accumulation_steps
+        steps = self.optimizer_steps_per_iteration
+        return int(steps) if steps.is_integer() else 1
 
     @property
     def micro_batches_per_generation(self) -> int:

@@ -87,7 +87,7 @@ class SharedPrompts:
 
     def attend(
         self, attention: Attention, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **keywords: Any
-    ) -> Any:
+    ) -> tuple[torch.Tensor, None]:
         """Attention of all columns, by two calls of `attention`.
 
         Args:
@@ -125,12 +125,11 @@ class SharedPrompts:
             device = self._valid.device
             causal = torch.ones(self._width, self._width, dtype=torch.bool, device=device).tril()
             # Padding sees itself: a softmax over nothing would be NaN, and so would the gradients.
-            within = causal & self._valid[:, None] | torch.eye(self._width, dtype=torch.bool, device=device)
-            before = self._valid[self._prompt_of][:, None].expand(-1, self._columns, -1)
-            own = torch.ones(self._columns, self._columns, dtype=torch.bool, device=device).tril().expand(self._completions, -1, -1)
-            across = torch.cat([before, own], dim=2)
-            if not self._padded:
-                within, across = within[:1], across[:1]
+            own = torch.ones(self._columns, self._columns, dtype=torch.bool, device=device).tril()
+            # Without padding one mask serves all.
+            prompts, before = (self._valid, self._valid[self._prompt_of]) if self._padded else (self._valid[:1], self._valid[:1])
+            within = causal & prompts[:, None] | torch.eye(self._width, dtype=torch.bool, device=device)
+            across = torch.cat([before[:, None].expand(-1, self._columns, -1), own.expand(len(before), -1, -1)], dim=2)
             masks = within[:, None], across[:, None]
             if added is not None:
                 self._masks[added] = _additive(masks[0], added), _additive(masks[1], added)
@@ -180,23 +179,27 @@ def longest_row(model: Any) -> int | None:
     return min([window for window in windows if window], default=sys.maxsize)
 
 
-def _sdpa(module: Any, query: Any, key: Any, value: Any, mask: Any, *, shared_prompts: SharedPrompts | None = None, **keywords: Any) -> Any:
-    if shared_prompts is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **keywords)
-    return shared_prompts.attend(sdpa_attention_forward, module, query, key, value, **keywords)
+def _written_out(module: Any) -> Attention:
+    """Attention that is written out stands beside each model, with that model's peculiarities."""
+    found: Attention = sys.modules[type(module).__module__].eager_attention_forward
+    return found
 
 
-def _eager(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, *, shared_prompts: SharedPrompts | None = None, **keywords: Any
-) -> Any:
-    # Attention that is written out stands beside each model, with that model's peculiarities.
-    attention = sys.modules[type(module).__module__].eager_attention_forward
-    if shared_prompts is None:
-        return attention(module, query, key, value, mask, **keywords)
-    return shared_prompts.attend(attention, module, query, key, value, **keywords)
+def _knowing(attention_of: Callable[[Any], Attention]) -> Attention:
+    """The attention that a module uses, which knows `shared_prompts`."""
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, *, shared_prompts: SharedPrompts | None = None, **keywords: Any
+    ) -> tuple[torch.Tensor, Any]:
+        attention = attention_of(module)
+        if shared_prompts is None:
+            return attention(module, query, key, value, mask, **keywords)
+        return shared_prompts.attend(attention, module, query, key, value, **keywords)
+
+    return attend
 
 
-AttentionInterface.register(PREFIX + "sdpa", _sdpa)
-AttentionInterface.register(PREFIX + "eager", _eager)
+AttentionInterface.register(PREFIX + "sdpa", _knowing(lambda module: sdpa_attention_forward))
+AttentionInterface.register(PREFIX + "eager", _knowing(_written_out))
 AttentionMaskInterface.register(PREFIX + "sdpa", sdpa_mask)
 AttentionMaskInterface.register(PREFIX + "eager", eager_mask)

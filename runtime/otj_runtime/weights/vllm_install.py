@@ -107,7 +107,11 @@ class InstallEndpoint:
             return [sight for workers in engines for sight in workers]
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Nothing to keep."""
+        """Prepare what the routes need; a server without an engine has none to prepare."""
+        from otj_runtime.rollout import vllm_answers
+
+        if engine_client is not None:
+            vllm_answers.prepare(state)
 
 
 def offer_installation() -> None:
