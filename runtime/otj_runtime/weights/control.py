@@ -141,7 +141,7 @@ class GeneratorControl:
 
     def hold(self) -> None:
         """Stop decoding between two steps; requests under way stay, and go on after `install`."""
-        self._call("pause", "POST", "/pause?mode=keep&clear_cache=false")
+        self._call("pause", "POST", "/otj/hold")
 
     def drain(self) -> None:
         """Wait until no request is under way; new ones go on after `resume`."""

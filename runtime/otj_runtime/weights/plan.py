@@ -7,6 +7,8 @@ these copies again, from wherever the tensors lie by then, in a few launches and
     record(load, tensors)     the model's load_weights, once      -> Plan: (destination, place in the slot, shape, stride)
     plan.sources(buffer)      the same places in another buffer   -> tensors to copy from, in the plan's order
 
+A backend of vLLM that hands tensors to `load_weights` as they arrive gets a `ReplayingLoader` in the model's place, which does both.
+
 What it trades: it holds for models whose loading only copies. A loader that computes (quantisation, a packed layout) leaves
 parameters that no copy reaches; `untouched` names them, and the installation falls back to vLLM's own reload.
 
@@ -54,15 +56,11 @@ class Plan:
 
     def untouched(self, model: torch.nn.Module) -> list[str]:
         """Parameters of `model` whose memory no copy reaches."""
-        reached = {copy.destination.untyped_storage().data_ptr() for copy in self.copies}
-        return [name for name, parameter in model.named_parameters() if parameter.untyped_storage().data_ptr() not in reached]
+        return _untouched(self.copies, model)
 
     def sources(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What each copy reads, if the layout's tensors lie where `tensors` lie."""
-        return [
-            torch.as_strided(tensors[copy.tensor], copy.shape, copy.stride, tensors[copy.tensor].storage_offset() + copy.offset)
-            for copy in self.copies
-        ]
+        return [_source(copy, tensors[copy.tensor]) for copy in self.copies]
 
 
 def record(load: Callable[[Iterator[tuple[str, torch.Tensor]]], Any], layout: Layout, tensors: Sequence[torch.Tensor]) -> Plan:
@@ -72,15 +70,67 @@ def record(load: Callable[[Iterator[tuple[str, torch.Tensor]]], Any], layout: La
         load: the model's load_weights.
         tensors: one for each of the layout's, contiguous.
     """
-    with _Recorder(layout, tensors) as recorder:
+    with _Recorder(tensors) as recorder:
         loaded = load(iter((entry.name, tensor) for entry, tensor in zip(layout.tensors, tensors, strict=True)))
     return Plan(layout=layout, copies=tuple(recorder.copies), loaded=None if loaded is None else frozenset(loaded))
+
+
+class ReplayingLoader:
+    """A model's `load_weights`, which runs for tensors that it has not seen; for the others it makes the same copies again.
+
+    Args:
+        model: its parameters must stay where they are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._copies: dict[tuple[str, torch.Size, torch.dtype], list[Copy]] = {}
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load these, on the current stream."""
+        with torch.no_grad():
+            destinations, sources, unknown = [], [], []
+            for name, tensor in weights:
+                known = self._copies.get((name, tensor.shape, tensor.dtype))
+                if known is None:
+                    unknown.append((name, tensor))
+                    continue
+                destinations += [copy.destination for copy in known]
+                sources += [_source(copy, tensor) for copy in known]
+            if destinations:
+                torch._foreach_copy_(destinations, sources)
+            if unknown:
+                self._record(unknown)
+
+    def untouched(self) -> list[str]:
+        """Parameters that nothing was copied to so far."""
+        return _untouched((copy for copies in self._copies.values() for copy in copies), self._model)
+
+    def _record(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        with _Recorder([tensor for _, tensor in named]) as recorder:
+            self._model.load_weights(iter(named))
+        for name, tensor in named:
+            self._copies[name, tensor.shape, tensor.dtype] = []
+        for copy in recorder.copies:
+            name, tensor = named[copy.tensor]
+            self._copies[name, tensor.shape, tensor.dtype].append(copy)
+
+
+def _source(copy: Copy, tensor: torch.Tensor) -> torch.Tensor:
+    """What `copy` reads of `tensor`."""
+    return torch.as_strided(tensor, copy.shape, copy.stride, tensor.storage_offset() + copy.offset)
+
+
+def _untouched(copies: Iterable[Copy], model: torch.nn.Module) -> list[str]:
+    """Parameters of `model` whose memory none of the copies reaches."""
+    reached = {copy.destination.untyped_storage().data_ptr() for copy in copies}
+    return [name for name, parameter in model.named_parameters() if parameter.untyped_storage().data_ptr() not in reached]
 
 
 class _Recorder(TorchDispatchMode):
     """Notes copies whose source lies in one of the tensors."""
 
-    def __init__(self, layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.copies: list[Copy] = []
         self._storages: dict[int, list[tuple[int, int, int]]] = {}

@@ -2,13 +2,13 @@
 
     open   rank 0: init_weight_transfer_engine, which names the backend to our own; that makes vLLM's worker half of it (`vllm_plugin`).
            Trainer and workers meet in a group of their own meanwhile
-    send   every rank replays the policy's tensors; rank 0: pause(keep), start, update while it broadcasts, then /otj/install: finish, label,
+    send   every rank replays the policy's tensors; rank 0: /otj/hold, start, update while it broadcasts, then /otj/install: finish, label,
            forget prefixes, go on
 
 Its `ipc`, for a GPU that both sides are on, is not used: it loads as slowly as it does here (233 ms for 1.54B, 226 of them paused, on an H100), and its
 handles travel pickled. See `loan`.
 
-What is ours is the order around vLLM's phases: between start and finish a worker's model is taken apart, so nothing may be decoded.
+What is ours is the order around vLLM's phases: between start and finish a worker's model is written to, or taken apart, so nothing may be decoded.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ Requests in flight keep the keys and values that older weights computed for thei
 than the installation. What they sample is labelled with the new version from here on, and their log-probabilities are those that were
 sampled from. Prefixes in the cache are forgotten, so that no request which starts now reads older ones.
 
+    POST /otj/hold                 ->  no new step until an installation, for transfers that write into the model: vLLM's pause(keep)
+                                       without the 20 ms for which that sleeps
     POST /otj/generate             ->  rollouts: see `rollout.vllm_answers`
     GET /otj/devices               ->  what each worker can see of the GPUs, by which the trainer judges the ways to it
 
@@ -49,6 +51,7 @@ CONTROL = {
     "/weight_info",
     "/update_weight_version",
     "/otj/install",
+    "/otj/hold",
     "/otj/devices",
     "/pause",
     "/resume",
@@ -100,6 +103,10 @@ class InstallEndpoint:
         async def install(request: Request, version: Annotated[str, Body(embed=True)]) -> dict[str, float]:
             seconds = await request.app.state.engine_client.engine_core.call_utility_async(METHOD, version)
             return {"paused_s": float(seconds)}
+
+        @app.post("/otj/hold")
+        async def hold(request: Request) -> None:
+            await request.app.state.engine_client.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
         @app.get("/otj/devices")
         async def devices(request: Request) -> list[dict[str, Any]]:

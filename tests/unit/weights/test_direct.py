@@ -30,7 +30,7 @@ HERE = Sight(device="a", listed=("a", "b"), peers=("b",))
 THERE = Sight(device="b", listed=("a", "b"), peers=("a",))
 SAME = Sight(device="a", listed=("a",))
 
-UPDATE = ["/pause?mode=keep&clear_cache=false", "/start_weight_update", "/update_weights", "/otj/install"]
+UPDATE = ["/otj/hold", "/start_weight_update", "/update_weights", "/otj/install"]
 INIT = "/init_weight_transfer_engine"
 
 

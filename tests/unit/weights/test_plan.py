@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otj_runtime.weights.layout import Layout
-from otj_runtime.weights.plan import record, ring
+from otj_runtime.weights.plan import ReplayingLoader, record, ring
 
 SHAPES = {"embed": (12, 6), "q": (4, 6), "k": (2, 6), "v": (2, 6), "o": (6, 4), "bias": (4,), "norm": (6,)}
 
@@ -68,14 +68,55 @@ def test_replayed_copies_leave_what_the_models_own_loader_leaves_bit_by_bit(work
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values(), strict=True))
 
 
+class Computing(Sharded):
+    """Does more than copy."""
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name, -weight if name == "norm" else weight) for name, weight in weights)
+
+
 def test_a_parameter_that_the_loader_computes_is_not_in_the_plan() -> None:
+    model = Computing(0)
+    assert record(model.load_weights, Layout.of(SHAPES.items(), torch.bfloat16), staged_tensors(0)).untouched(model) == ["norm"]
+
+
+def packed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same in one buffer, one behind the other, as transfers in pieces bring them."""
+    buffer = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+    parts = buffer.split([tensor.nbytes for tensor in tensors])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+@given(data=st.data())
+def test_a_loader_that_replays_leaves_what_the_models_own_leaves_however_the_tensors_are_cut_into_pieces(
+    worker: int, data: st.DataObject
+) -> None:
+    model, reference = Sharded(worker), Sharded(worker)
+    loader = ReplayingLoader(model)
+    for version in range(3):
+        tensors = staged_tensors(version)
+        cuts = sorted(data.draw(st.sets(st.integers(1, len(SHAPES) - 1))))
+        for begin, end in zip([0, *cuts], [*cuts, len(SHAPES)], strict=True):
+            loader.load_weights(zip(list(SHAPES)[begin:end], packed(tensors[begin:end]), strict=True))
+        reference.load_weights(iter(zip(SHAPES, tensors, strict=True)))
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values(), strict=True))
+    assert loader.untouched() == []
+
+
+def test_a_loader_that_replays_asks_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Sharded(0)
-    load = model.load_weights
+    loader = ReplayingLoader(model)
+    loader.load_weights(zip(SHAPES, staged_tensors(0), strict=True))
+    monkeypatch.setattr(model, "load_weights", None)
+    loader.load_weights(zip(SHAPES, staged_tensors(1), strict=True))
+    assert torch.equal(model.embed, staged_tensors(1)[0])
 
-    def computing(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-        return load((name, -weight if name == "norm" else weight) for name, weight in weights)
 
-    assert record(computing, Layout.of(SHAPES.items(), torch.bfloat16), staged_tensors(0)).untouched(model) == ["norm"]
+def test_a_loader_that_replays_names_what_the_model_computes_and_what_never_came() -> None:
+    loader = ReplayingLoader(Computing(0))
+    loader.load_weights(zip(list(SHAPES)[1:], staged_tensors(0)[1:], strict=True))
+    assert loader.untouched() == ["embed", "norm"]
 
 
 @given(sizes=st.lists(st.integers(1, 4000), min_size=1, max_size=40), spare=st.integers(0, 6000))

@@ -12,12 +12,15 @@ import torch
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import ModuleSource, WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.model_loader import reload
 
 from otj_runtime.weights.errors import MailboxError, UnsupportedVLLM
 from otj_runtime.weights.layout import Layout
 from otj_runtime.weights.mailbox import MailboxReader, MailboxWriter
 from otj_runtime.weights.vllm_plugin import MailboxEngine, MailboxInitInfo, MailboxUpdateInfo, register, require_supported
 from otj_runtime.weights.vllm_trainer import BACKEND, MailboxTrainerEngine, MailboxTrainerInitInfo
+from tests.unit.weights.test_plan import SHAPES, Computing, Sharded, staged_tensors
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1rc1", "0.32.0+cpu"])
@@ -139,9 +142,21 @@ class Recorder(WeightTransferEngine):  # type: ignore[misc]
         self.calls.append("shutdown")
 
 
-def _engine() -> MailboxEngine:
+class Unwired(NCCLWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's nccl on GPUs, without GPUs: what it would have received lies in `brought`."""
+
+    brought: ClassVar[list[torch.Tensor]] = []
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        """There is nobody to meet."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.model.load_weights(list(zip(update_info["names"], self.brought, strict=True)))
+
+
+def _engine(model: torch.nn.Module | None = None, device: str = "cpu") -> MailboxEngine:
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0, world_size=1, rank=0), model_config=SimpleNamespace())
-    return MailboxEngine(WeightTransferConfig(backend=BACKEND), config, torch.device("cpu"), torch.nn.Linear(3, 5))
+    return MailboxEngine(WeightTransferConfig(backend=BACKEND), config, torch.device(device), model or torch.nn.Linear(3, 5))
 
 
 def _tell(engine: MailboxEngine, info: dict[str, Any]) -> None:
@@ -164,6 +179,52 @@ def test_a_worker_is_handed_over_to_another_backend_of_vllm_and_back(tmp_path: P
     engine.start_weight_update()
     assert Recorder.calls[-1] == "shutdown"
     engine.shutdown()
+
+
+class Reloads:
+    """Counts how often vLLM's reload has opened and closed a model."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[str] = []
+        monkeypatch.setattr(reload, "initialize_layerwise_reload", lambda model: self.steps.append("open"))
+        monkeypatch.setattr(reload, "finalize_layerwise_reload", lambda model, config: self.steps.append("close"))
+
+
+def _handed_to_nccl(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> MailboxEngine:
+    monkeypatch.setitem(WeightTransferEngineFactory._registry, "nccl", lambda: Unwired)
+    engine = _engine(model, "cuda")
+    init = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2}
+    _tell(engine, {"backend": "nccl", "init_info": init})
+    return engine
+
+
+def _update(engine: MailboxEngine, tensors: list[torch.Tensor]) -> None:
+    Unwired.brought[:] = tensors
+    engine.start_weight_update()
+    engine.update_weights({"names": list(SHAPES)})
+    engine.finish_weight_update()
+
+
+def test_what_nccl_brings_is_copied_as_the_models_own_loader_did_and_nothing_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    reloads, model = Reloads(monkeypatch), Sharded(0)
+    engine = _handed_to_nccl(model, monkeypatch)
+    for version in range(3):
+        _update(engine, staged_tensors(version))
+        assert torch.equal(model.embed, staged_tensors(version)[0])
+    assert reloads.steps == []
+
+
+def test_a_model_that_computes_goes_through_vllms_reload_from_the_second_update_of_nccl_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reloads, model = Reloads(monkeypatch), Computing(0)
+    engine = _handed_to_nccl(model, monkeypatch)
+    _update(engine, staged_tensors(0))
+    assert reloads.steps == []
+    assert "this model's loader does more than copy (norm)" in caplog.text
+    _update(engine, staged_tensors(1))
+    assert reloads.steps == ["open", "close"]
+    assert torch.equal(model.norm, -staged_tensors(1)[-1].float())
 
 
 def test_a_backend_that_vllm_does_not_have_is_refused_and_leaves_the_mailbox_possible() -> None:
