@@ -37,82 +37,107 @@ _rest = attrgetter(*_REST)
 _NOTHING = tuple(_FIELDS[name] for name in _REST)
 
 
+class StepLogprobs:
+    """What a step computed, in the place of vLLM's own. vLLM cuts three arrays out of those for each request that asked; here it gets the
+    number of the request's first row instead, and rollouts take plain numbers of whole columns.
+
+    Args:
+        made: of the step.
+    """
+
+    def __init__(self, made: LogprobsLists) -> None:
+        self._made = made
+        self.logprobs: list[float] = made.logprobs[:, 0].tolist()
+        self.ranks: list[int] = made.sampled_token_ranks.tolist()
+
+    def slice_request(self, index: int, count: int) -> int:
+        """The first row of the batch's request `index`."""
+        rows = self._made.cu_num_generated_tokens
+        return index if rows is None else rows[index]
+
+    def cut(self, row: int, count: int) -> LogprobsLists:
+        """What vLLM would have cut out."""
+        return self._made._replace(cu_num_generated_tokens=None).slice_request(row, count)
+
+
 @dataclass(slots=True)
 class _Kept:
     """Of one request. Numbers and no arrays: of a few thousand arrays Python's garbage collector makes more work than all of this saves."""
 
     client: int
     tokens: list[int] = field(default_factory=list)
-    like: LogprobsLists | None = None
-    ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
 
-    def add(self, tokens: list[int], logprobs: LogprobsLists | None) -> None:
-        self.tokens += tokens
-        if logprobs is not None:
-            self.like = logprobs
-            self.ids += logprobs.logprob_token_ids.ravel().tolist()
-            self.logprobs += logprobs.logprobs.ravel().tolist()
-            self.ranks += logprobs.sampled_token_ranks.tolist()
-
-    def joined(self) -> LogprobsLists | None:
-        """As the engine would have made them of all tokens at once."""
-        if self.like is None:
-            return None
-        width = self.like.logprobs.shape[1]
-        ids = np.array(self.ids, dtype=self.like.logprob_token_ids.dtype).reshape(-1, width)
-        logprobs = np.array(self.logprobs, dtype=self.like.logprobs.dtype).reshape(-1, width)
-        return LogprobsLists(ids, logprobs, np.array(self.ranks, dtype=self.like.sampled_token_ranks.dtype), None)
+    def joined(self) -> LogprobsLists:
+        """As the engine would have made them of all tokens at once: the sampled token of each and no other."""
+        ids, logprobs = np.array(self.tokens, dtype=np.int32), np.array(self.logprobs, dtype=np.float32)
+        return LogprobsLists(ids[:, None], logprobs[:, None], np.array(self.ranks, dtype=np.int32), None)
 
 
 class Bursts:
-    """What one engine keeps."""
+    """What one engine keeps, by request; None for a request that is watched."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, _Kept | None] = {}
 
-    def sift(self, outputs: Mapping[int, EngineCoreOutputs], requests: Mapping[str, Any]) -> None:
+    def sift(self, outputs: Mapping[int, EngineCoreOutputs], requests: Mapping[str, Any], step: StepLogprobs | None) -> None:
         """Keep of a step's outputs what nobody waits for; what leaves takes along what was kept before.
 
         Args:
-            outputs: by client, changed in place.
+            outputs: by client, changed in place. Where log-probabilities were asked for, they are rows of `step`.
             requests: the scheduler's, by id: those that have not ended.
+            step: None if no request of it asked.
         """
         for client, batch in outputs.items():
-            batch.outputs = [output for output in batch.outputs if self._leaves(output, client, requests)]
-        if len(self._kept) > len(requests):  # some were called off
+            batch.outputs = [output for output in batch.outputs if self._leaves(output, client, requests, step)]
+        if len(self._kept) > len(requests):  # some have ended, or were called off
             self._kept = {name: kept for name, kept in self._kept.items() if name in requests}
 
-    def _leaves(self, output: EngineCoreOutput, client: int, requests: Mapping[str, Any]) -> bool:
-        kept = self._kept.get(output.request_id)
-        more = all(map(is_, _rest(output), _NOTHING))  # for each token of each request, so without a loop in Python
+    def _leaves(self, output: EngineCoreOutput, client: int, requests: Mapping[str, Any], step: StepLogprobs | None) -> bool:
+        """For each token of each request, between two steps of the GPU: without calls and loops in Python where that can be."""
+        name, tokens, row = output.request_id, output.new_token_ids, output.new_logprobs
+        try:
+            kept = self._kept[name]
+        except KeyError:
+            request = requests.get(name)
+            kept = self._kept[name] = _Kept(client) if request is not None and _unwatched(request) else None
         if kept is None:
-            if not more or not _unwatched(requests.get(output.request_id)):
-                return True
-            kept = self._kept[output.request_id] = _Kept(client)
-        kept.add(output.new_token_ids, output.new_logprobs)
-        if more and len(kept.tokens) < BURST:
+            if row is not None and step is not None:
+                output.new_logprobs = step.cut(row, len(tokens))
+            return True
+        if row is not None and step is not None:
+            end = row + len(tokens)
+            kept.tokens += tokens
+            kept.logprobs += step.logprobs[row:end]
+            kept.ranks += step.ranks[row:end]
+        if len(kept.tokens) < BURST and all(map(is_, _rest(output), _NOTHING)):
             return False
-        del self._kept[output.request_id]
-        output.new_token_ids, output.new_logprobs = kept.tokens, kept.joined()
+        if kept.tokens:
+            output.new_token_ids, output.new_logprobs = kept.tokens, kept.joined()
+        if output.finish_reason is None:
+            self._kept[name] = _Kept(client)
+        else:
+            del self._kept[name]
         return True
 
     def release(self) -> dict[int, list[EngineCoreOutput]]:
         """All that is kept, by client."""
         found: dict[int, list[EngineCoreOutput]] = {}
         for name, kept in self._kept.items():
-            output = EngineCoreOutput(request_id=name, new_token_ids=kept.tokens, new_logprobs=kept.joined())
-            found.setdefault(kept.client, []).append(output)
+            if kept is not None and kept.tokens:
+                output = EngineCoreOutput(request_id=name, new_token_ids=kept.tokens, new_logprobs=kept.joined())
+                found.setdefault(kept.client, []).append(output)
         self._kept = {}
         return found
 
 
 def _unwatched(request: Any) -> bool:
-    parameters = None if request is None else request.sampling_params
+    parameters = request.sampling_params
     return bool(
         parameters is not None
         and parameters.flat_logprobs
+        and parameters.logprobs == 0
         and parameters.output_kind == RequestOutputKind.FINAL_ONLY
         and not parameters.stop
     )
@@ -124,9 +149,11 @@ def send_in_bursts() -> None:
     if update.__module__ == __name__:
         return
 
-    def update_from_output(scheduler: Any, *arguments: Any, **keywords: Any) -> Any:
-        outputs = update(scheduler, *arguments, **keywords)
-        _bursts(scheduler).sift(outputs, scheduler.requests)
+    def update_from_output(scheduler: Any, scheduled: Any, made: Any) -> Any:
+        step = None if made.logprobs is None else StepLogprobs(made.logprobs)
+        made.logprobs = step
+        outputs = update(scheduler, scheduled, made)
+        _bursts(scheduler).sift(outputs, scheduler.requests, step)
         return outputs
 
     def set_weight_version(engine: Any, weight_version: str) -> None:

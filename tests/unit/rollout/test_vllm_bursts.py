@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
-from otj_runtime.rollout.vllm_bursts import BURST, Bursts
+from otj_runtime.rollout.vllm_bursts import BURST, Bursts, StepLogprobs
 
 ROLLOUT = {"flat_logprobs": True, "logprobs": 0, "output_kind": RequestOutputKind.FINAL_ONLY}
 
@@ -23,16 +23,24 @@ def request(**parameters: Any) -> Any:
     return SimpleNamespace(sampling_params=SamplingParams(**ROLLOUT | parameters))
 
 
-def output(name: str, token: int, **more: Any) -> EngineCoreOutput:
-    """One token; its log-probability and rank tell of it."""
-    logprobs = LogprobsLists(np.array([[token]]), np.array([[-float(token)]], dtype=np.float32), np.array([token]), None)
-    return EngineCoreOutput(request_id=name, new_token_ids=[token], new_logprobs=logprobs, **more)
+def output(name: str, *made: int, **more: Any) -> EngineCoreOutput:
+    """One token, or as many as a step with guesses made."""
+    return EngineCoreOutput(request_id=name, new_token_ids=list(made), **more)
 
 
 def step(bursts: Bursts, requests: dict[str, Any], *outputs: EngineCoreOutput, client: int = 0) -> list[EngineCoreOutput]:
+    """As vLLM's scheduler goes through a step. Log-probability and rank of each token tell of it."""
+    made = np.array([token for output in outputs for token in output.new_token_ids], dtype=np.int32)
+    rows = [0, *np.cumsum([len(output.new_token_ids) for output in outputs]).tolist()]
+    cut = LogprobsLists(made[:, None], -made[:, None].astype(np.float32), made, None if len(made) == len(outputs) else rows)
+    logprobs = StepLogprobs(cut)
+    for index, output in enumerate(outputs):
+        if output.new_token_ids:
+            output.new_logprobs = logprobs.slice_request(index, len(output.new_token_ids))
     batch = EngineCoreOutputs(outputs=list(outputs))
-    bursts.sift({client: batch}, requests)
-    return batch.outputs
+    bursts.sift({client: batch}, requests, logprobs)
+    left: list[EngineCoreOutput] = batch.outputs
+    return left
 
 
 def tokens(outputs: list[EngineCoreOutput]) -> list[int]:
@@ -60,6 +68,22 @@ def test_the_last_token_brings_the_others_along() -> None:
     assert found.finish_reason is FinishReason.STOP
 
 
+def test_a_request_that_fails_without_a_token_brings_those_along_that_it_made() -> None:
+    bursts = Bursts()
+    step(bursts, {"a": request()}, output("a", 1), output("b", 5))
+    (found,) = step(bursts, {}, output("a", finish_reason=FinishReason.ERROR))
+    assert tokens([found]) == [1]
+    (nothing,) = step(Bursts(), {"a": request()}, output("a", finish_reason=FinishReason.ERROR))
+    assert tokens([nothing]) == []
+
+
+def test_tokens_of_which_a_step_made_several_keep_their_places() -> None:
+    bursts, requests = Bursts(), {"a": request(), "b": request(stop=["end"]), "c": request()}
+    left = step(bursts, requests, output("a", 1, 2), output("b", 3), output("c", 4, 5, 6))
+    assert tokens(left) == [3]
+    assert {found.request_id: tokens([found]) for found in bursts.release()[0]} == {"a": [1, 2], "c": [4, 5, 6]}
+
+
 @pytest.mark.parametrize("more", [{"prefill_stats": PrefillStats()}, {"num_nans_in_logits": 1}, {"routed_experts": np.zeros((2, 2))}])
 def test_an_output_that_carries_more_leaves_at_once_and_in_order(more: dict[str, Any]) -> None:
     bursts, requests = Bursts(), {"a": request()}
@@ -73,6 +97,7 @@ def test_an_output_that_carries_more_leaves_at_once_and_in_order(more: dict[str,
         pytest.param({"output_kind": RequestOutputKind.DELTA}, id="streams"),
         pytest.param({"stop": ["end"]}, id="the server looks for its stop strings"),
         pytest.param({"flat_logprobs": False}, id="not a rollout"),
+        pytest.param({"logprobs": 2}, id="wants more than the sampled token's"),
     ],
 )
 def test_requests_that_are_watched_get_each_token_at_once(parameters: dict[str, Any]) -> None:
