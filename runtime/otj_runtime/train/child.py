@@ -246,4 +246,9 @@ def _environment(plan: ServerPlan) -> dict[str, str]:
     """This process's environment without what its launcher said to it; a user's own settings of vLLM win over ours."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_LAUNCHER)}
     placed = {"CUDA_VISIBLE_DEVICES": visible_devices(plan.placement, inherited=os.environ.get("CUDA_VISIBLE_DEVICES"))}
-    return server_environment(plan.device) | inherited | placed | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
+    return (
+        server_environment(plan.device, gpus=plan.generation.gpus)
+        | inherited
+        | placed
+        | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
+    )

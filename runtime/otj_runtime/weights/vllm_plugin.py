@@ -14,7 +14,7 @@ vLLM finds `register` through the entry point group `vllm.general_plugins` and c
 Another backend of vLLM takes over where `init_transfer_engine` gets {"backend", "init_info"}: `nccl`, made by vLLM's own factory. A server has
 one backend for its life, and whether that one is possible shows only when both sides have met, so the choice cannot be the server's.
 What `nccl` does with what arrives is ours where it can be: the model's copies are recorded at the first update and replayed from then on, where
-vLLM takes the model apart and puts it together again (171 ms for 1.54B, of which NVLink needs a tenth).
+vLLM takes the model apart and puts it together again (171 ms for 1.54B, of which the bytes need about ten).
 
 How it installs is decided at the first update. Where the model's loader only copies, its copies are recorded and replayed (`plan`). Else
 (a CPU's packed layouts, quantised weights, mixtures of experts) the tensors go through vLLM's own layerwise reload, which packs and

@@ -78,6 +78,18 @@ def test_an_engine_is_sized_by_the_completions_it_has_under_way_and_the_probe(sp
     assert options(spec | {"training": training})["--max-num-seqs"] == str(sequences + PROBE_ROOM)
 
 
+@pytest.mark.parametrize(
+    ("spec", "method"),
+    [
+        pytest.param({"gpus": 2}, "fork", id="one GPU"),
+        pytest.param({"gpus": 4, "generation": {"gpus": 2}}, None, id="two workers"),
+        pytest.param({"gpus": 2, "accelerator": {"device": "cpu"}}, None, id="a CPU"),
+    ],
+)
+def test_an_engine_alone_on_its_gpu_is_forked_and_imports_nothing_again(spec: dict[str, Any], method: str | None) -> None:
+    assert generator_environment(resolve(job_of(spec))).get("VLLM_WORKER_MULTIPROC_METHOD") == method
+
+
 @pytest.mark.parametrize("wish", ["auto", "mailbox", "nccl", "ipc"])
 def test_no_generator_unpickles_what_a_socket_brings(wish: str) -> None:
     config = resolve(job_of({"gpus": 2, "generation": {"weightTransfer": wish}}))
