@@ -31,7 +31,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -299,7 +299,8 @@ def serving(bench: Bench, model: Path, dtype: DType, folder: Path) -> Iterator[P
             time.sleep(0.25)
         yield pod
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # where it has ended by itself, that is told above
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
