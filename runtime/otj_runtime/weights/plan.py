@@ -85,6 +85,7 @@ class ReplayingLoader:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._copies: dict[tuple[str, torch.Size, torch.dtype], list[Copy]] = {}
+        self._missed: list[str] | None = None  # asked for at every update, while nothing is decoded; changes with what is recorded alone
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load these, on the current stream."""
@@ -104,9 +105,12 @@ class ReplayingLoader:
 
     def untouched(self) -> list[str]:
         """Parameters that nothing was copied to so far."""
-        return _untouched((copy for copies in self._copies.values() for copy in copies), self._model)
+        if self._missed is None:
+            self._missed = _untouched((copy for copies in self._copies.values() for copy in copies), self._model)
+        return self._missed
 
     def _record(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        self._missed = None
         with _Recorder([tensor for _, tensor in named]) as recorder:
             self._model.load_weights(iter(named))
         for name, tensor in named:

@@ -142,7 +142,7 @@ class Recorder(WeightTransferEngine):  # type: ignore[misc]
         self.calls.append("shutdown")
 
 
-class Unwired(NCCLWeightTransferEngine):  # type: ignore[misc]
+class Unwired(NCCLWeightTransferEngine):  # type: ignore[misc]  # vLLM is not typed
     """vLLM's nccl on GPUs, without GPUs: what it would have received lies in `brought`."""
 
     brought: ClassVar[list[torch.Tensor]] = []
