@@ -32,7 +32,7 @@ import xxhash
 from otj_runtime.weights.errors import MailboxError
 
 MAGIC = int.from_bytes(b"OTJMBOX\0", "little")
-FORMAT = 5
+FORMAT = 6
 PAGE = 4096
 ALIGNMENT = 256
 SLOTS = 2
@@ -43,7 +43,11 @@ LENT = PLACES
 TABLES = PLACES + 1
 STEPS = 64
 """Most patches on top of one slot."""
-STEP_BYTES = PAGE // STEPS
+PARTS = 4
+"""Parts of a rank's patch: while one is on its way, the next one is still looked for."""
+STEP_BYTES = 64
+STEPS_BYTES = STEPS * PARTS * STEP_BYTES
+"""Start of a region, whole pages."""
 PATCH_SHARE = 2
 """The regions hold one byte for so many of a slot. When they are full, the next version is sent whole."""
 SUM_BYTES = 24
@@ -159,8 +163,8 @@ class Layout:
 
     @cached_property
     def region_bytes(self) -> int:
-        """Bytes of one rank's region: a page of steps, then what they describe."""
-        return PAGE + _aligned(self.slot_bytes // (PATCH_SHARE * self.regions), PAGE) if self.regions else 0
+        """Bytes of one rank's region: its steps, then what they describe."""
+        return STEPS_BYTES + _aligned(self.slot_bytes // (PATCH_SHARE * self.regions), PAGE) if self.regions else 0
 
     def region_offset(self, region: int) -> int:
         """Where a region begins."""
@@ -261,11 +265,11 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's part of one patch.
+    """One of the `PARTS` of one rank's share of one patch.
 
     Attributes:
         sequence, previous: of the version it makes, and of the one it is to be applied to.
-        offset: of its data in the region, behind the page of steps.
+        offset: of its data in the region, behind the steps.
         blocks, changed: lengths of the patch's tensors.
         digest: of its blocks, which say where elements go: wrong ones must not be followed.
     """

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
-from otj_runtime.weights.layout import ALIGNMENT, TensorEntry
+from otj_runtime.weights.layout import TensorEntry
 
 BLOCK = 4096
 """Elements of a block, a power of two."""
+
+GAP = 16
+"""Each tensor of a patch begins at a multiple of so many bytes."""
 
 KERNEL_WIDTH = 256
 """Elements that a program of the kernel puts at once: about as many as change in a block."""
@@ -50,7 +53,7 @@ class Patch:
 
     @classmethod
     def within(cls, data: torch.Tensor, *, blocks: int, changed: int, itemsize: int) -> Patch:
-        """The tensors of a patch in the first bytes of `data` (uint8, aligned to 256); see `stored_bytes`."""
+        """The tensors of a patch in the first bytes of `data` (uint8, aligned to 8); see `stored_bytes`."""
         forms = ((blocks, torch.int64), (blocks, torch.int32), (changed, torch.int16), (changed, BITS[itemsize]))
         parts, offset = [], 0
         for count, dtype in forms:
@@ -111,4 +114,4 @@ def apply_by_kernel(patch: Patch, flat: torch.Tensor) -> None:
 
 
 def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // GAP) * GAP

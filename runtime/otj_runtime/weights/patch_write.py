@@ -1,7 +1,7 @@
 """A rank's patches: finds what changed in its share and puts it on top of the mailbox's slot.
 
     remember(ticket, tensors)   passes on what is written whole, and keeps a snapshot of it
-    write(ticket, tensors)      finds what differs from the snapshot, notes checksums; None where the version has to be sent whole
+    write(ticket, tensors)      finds what differs from the snapshot, part by part, notes checksums; None where the version has to be sent whole
 
 A snapshot counts only for the version that it was whole for. Whatever fails on the way leaves none, so the next version is sent whole.
 """
@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from otj_runtime.weights.changes import Changed, Changes, DeviceChanges, HostChanges
-from otj_runtime.weights.layout import ALIGNMENT, Ticket
+from otj_runtime.weights.changes import Changed, Changes, DeviceChanges, HostChanges, TooManyChanges
+from otj_runtime.weights.layout import PARTS, Ticket
 from otj_runtime.weights.mailbox import MailboxWriter
-from otj_runtime.weights.patch import stored_bytes
+from otj_runtime.weights.patch import GAP, Patch, stored_bytes
+
+_TENSORS = len(Patch.__dataclass_fields__)
 
 
 class PatchWrite:
@@ -57,28 +59,33 @@ class PatchWrite:
             for _ in tensors:
                 pass
             return None
-        found = self._changes.find(self._writer.positions(tensors), limit=self._limit(ticket))
-        if found is None:
+        written = 0
+        try:
+            for part, found in enumerate(self._changes.find(self._writer.positions(tensors), limit=self._limit(ticket))):
+                self._put(ticket, part, found, previous)
+                written += found.patch.nbytes
+        except TooManyChanges:
             return None
-        self._put(ticket, found, previous)
         self._sequence = ticket.sequence
-        return found.patch.nbytes
+        return written
 
     def _limit(self, ticket: Ticket) -> int:
         """Most elements that may have changed."""
         room = self._writer.log.room(self._region, ticket)
         left = room - stored_bytes(blocks=self._changes.blocks, changed=0, itemsize=self._itemsize)
-        return (left - 2 * ALIGNMENT) // (2 + self._itemsize)  # each part may end with a gap
+        return (left - PARTS * _TENSORS * GAP) // (2 + self._itemsize)  # each tensor of a part may end with a gap
 
-    def _put(self, ticket: Ticket, found: Changed, previous: int) -> None:
+    def _put(self, ticket: Ticket, part: int, found: Changed, previous: int) -> None:
         log, patch = self._writer.log, found.patch
         sizes = {"blocks": len(patch.counts), "changed": len(patch.indices)}
-        for place, part in zip(log.place(self._region, ticket, **sizes).parts, patch.parts, strict=True):
-            place.copy_(part, non_blocking=True)
+        with self._changes.beside():
+            for place, tensor in zip(log.place(self._region, ticket, part, **sizes).parts, patch.parts, strict=True):
+                place.copy_(tensor, non_blocking=True)
         # Beside the copies: of a patch nobody looks at what is noted before it is published.
         for position, checksum in found.checksums.items():
             self._writer.note_checksum(ticket, position, checksum)
             self._writer.note(ticket, position, self._writer.layout.tensors[position].nbytes)
-        if part.device.type == "cuda":
-            torch.cuda.current_stream(part.device).synchronize()
-        log.put(self._region, ticket, previous=previous, **sizes)
+        if tensor.device.type == "cuda":
+            with self._changes.beside():
+                torch.cuda.current_stream(tensor.device).synchronize()
+        log.put(self._region, ticket, part, previous=previous, **sizes)

@@ -9,12 +9,12 @@ import sys
 
 import torch
 
-from otj_runtime.weights.changes import DeviceChanges
+from otj_runtime.weights.changes import DeviceChanges, TooManyChanges
 from otj_runtime.weights.checksums import BLOCK, Checksums, Piece, by_definition
-from otj_runtime.weights.layout import Layout
+from otj_runtime.weights.layout import PARTS, Layout
 from otj_runtime.weights.patch import BITS, apply_by_kernel
 
-SHAPES = {"several": (3, 2500), "small": (5,), "exact": (2, 4096), "empty": (0,), "scalar": ()}
+SHAPES = {"several": (3, 2500), "small": (5,), "exact": (2, 4096), "empty": (0,), "scalar": (), "last": (0, 7)}
 
 
 def main(source: torch.dtype, dtype: torch.dtype) -> None:
@@ -30,21 +30,27 @@ def main(source: torch.dtype, dtype: torch.dtype) -> None:
     for version in range(3):
         for value in values:
             value.view(-1)[version::37] *= -2
-        found = changes.find(enumerate(values), limit=10**6)
-        assert found is not None
-        apply_by_kernel(found.patch, slot.view(BITS[dtype.itemsize]))
+        found = list(changes.find(enumerate(values), limit=10**6))
+        assert len(found) == PARTS
+        checksums = {position: checksum for part in found for position, checksum in part.checksums.items()}
+        for part in found:
+            apply_by_kernel(part.patch, slot.view(BITS[dtype.itemsize]))
         for position, (entry, value) in enumerate(zip(layout.tensors, values, strict=True)):
+            assert position in checksums, (version, entry.name)
             sent = value.to(dtype).view(-1).view(BITS[dtype.itemsize])
             assert torch.equal(entry.view(slot).view(-1).view(sent.dtype), sent), (version, entry.name)
             if entry.count:
                 whole = Piece.flat(value.data_ptr(), entry.count, 0)
-                assert found.checksums[position] == by_definition(whole, source=source, dtype=dtype) % 2**64, (version, entry.name)
+                assert checksums[position] == by_definition(whole, source=source, dtype=dtype) % 2**64, (version, entry.name)
     for value in values:
         value *= 2
-    assert changes.find(enumerate(values), limit=10**6) is None
-    found = changes.find(enumerate(values), limit=10**6)
-    assert found is not None
-    assert not len(found.patch.indices), "the snapshot was not brought up to date"
+    try:
+        list(changes.find(enumerate(values), limit=10**6))
+        raise AssertionError("a patch of everything")
+    except TooManyChanges:
+        pass
+    for part in changes.find(enumerate(values), limit=10**6):
+        assert not len(part.patch.indices), "the snapshot was not brought up to date"
 
 
 def sums(source: torch.dtype, dtype: torch.dtype) -> None:
