@@ -121,7 +121,7 @@ def _start_device_plugin(folder: Path) -> None:
     if not daemon_ids("device-plugin"):
         program = (sys.executable, "-m", "tests.cluster.device_plugin", "--folder", folder, "--count", str(GPUS))
         start_daemon("device-plugin", *program, cwd=REPOSITORY)
-    wait_until(f"{GPUS} GPUs in the node's status", lambda: _gpus() == GPUS, timeout_s=30, log=LOGS / "device-plugin.log")
+    wait_until(f"{GPUS} GPUs in the node's status", lambda: _gpus() == GPUS, timeout_s=240, log=LOGS / "device-plugin.log")
 
 
 def _gpus() -> int:

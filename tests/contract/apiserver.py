@@ -24,7 +24,7 @@ from tests.cluster.binaries import binaries
 from tests.cluster.host import run, tool
 from tests.cluster.pki import make_certificates
 
-START_SECONDS = 60
+START_SECONDS = 240
 
 OPERATOR_ACCOUNT = "system:serviceaccount:online-training-system:online-training-operator"
 

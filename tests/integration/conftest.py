@@ -22,9 +22,8 @@ from otj_runtime.pod.config import Layout, PodConfig, resolve
 from otj_runtime.pod.ports import free_port
 from otj_runtime.weights.control import GeneratorControl
 from tests.cluster.host import REPOSITORY
+from tests.integration.deadlines import HANG_SECONDS
 from tests.integration.models import make_tiny_mixture, make_tiny_model
-
-START_SECONDS = 240.0
 
 VLLM_CACHE = REPOSITORY / "build" / "cache" / "vllm"
 """Shared by all test servers and kept: vLLM notes there what it found out about a model's class, in a process of its own that imports
@@ -78,7 +77,7 @@ class Generator:
         Raises:
             AssertionError: with the end of its log, if it does not.
         """
-        end = time.monotonic() + START_SECONDS
+        end = time.monotonic() + HANG_SECONDS
         while not self.control.healthy():
             ended = self._process is None or self._process.poll() is not None
             if ended or time.monotonic() > end:
@@ -98,14 +97,14 @@ class Generator:
                     found.append((name, int(folder.name)))
         return [number for _, number in sorted(found)]
 
-    def wait_ended(self, *, seconds: float) -> None:
+    def wait_ended(self) -> None:
         """Return when it has ended by itself.
 
         Raises:
             subprocess.TimeoutExpired: if it does not.
         """
         assert self._process is not None
-        self._process.wait(seconds)
+        self._process.wait(HANG_SECONDS)
 
     def kill(self) -> None:
         """End the server and everything it started, as a lost container would."""

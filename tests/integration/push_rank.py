@@ -15,11 +15,12 @@ from otj_runtime.api import DType
 from otj_runtime.weights.control import GeneratorControl
 from otj_runtime.weights.errors import WeightsDiverged
 from otj_runtime.weights.sync import SyncReport, WeightSync
+from tests.integration.deadlines import HANG_SECONDS
 
 
 def main() -> None:
     rank, size, store, output, model_path, url, mailbox, strategy = sys.argv[1:]
-    dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=240))
+    dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=HANG_SECONDS))
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     if strategy == "fsdp2":
         _shard(model, int(size))

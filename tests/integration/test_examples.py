@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from otj_runtime.pod.metrics import read_metrics
 from tests.cluster.host import REPOSITORY
 from tests.integration.conftest import VLLM_CACHE
+from tests.integration.deadlines import HANG_SECONDS
 
 pytestmark = pytest.mark.integration
-
-DEADLINE = 400.0
 
 PYTHON = [sys.executable]
 TWO_RANKS = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -64,7 +63,7 @@ def test_an_example_trains_and_leaves_nothing_behind(
     before = shared_memory()
     environment = os.environ | {"VLLM_CACHE_ROOT": str(VLLM_CACHE), "ACCELERATE_USE_CPU": "true", "OTJ_TEST": str(tmp_path)}
     command = [*launcher, str(REPOSITORY / "examples" / f"{example}.py"), str(sums)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     output = next(tmp_path.glob("out-*"))
     steps = [line for line in read_metrics(output / "metrics.jsonl")[0] if line.metrics]

@@ -25,10 +25,9 @@ from otj_runtime.pod.config import CONFIG_ENV, Layout, PodConfig, resolve
 from otj_runtime.pod.errors import ExitCode, FailureNote
 from otj_runtime.pod.metrics import LauncherReport
 from otj_runtime.pod.ports import free_port
+from tests.integration.deadlines import HANG_SECONDS
 
 pytestmark = pytest.mark.integration
-
-DEADLINE = 120.0
 
 MAIN = """
 import asyncio, json, os, sys
@@ -132,7 +131,7 @@ class Run:
     def end(self) -> ExitCode:
         """Its exit code, once it ends."""
         try:
-            return ExitCode(self.process.wait(timeout=DEADLINE))
+            return ExitCode(self.process.wait(timeout=HANG_SECONDS))
         except (subprocess.TimeoutExpired, ValueError) as error:
             raise AssertionError(f"{error}\n{self.printed}") from error
 
@@ -151,14 +150,14 @@ class Run:
 
     def wait_for_ranks(self) -> None:
         """Return once a rank that hangs has begun to."""
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANG_SECONDS
         while not (self.pod.output / "pid").exists():
             assert time.monotonic() < deadline, self.printed
             time.sleep(0.1)
 
     def wait_for_step(self) -> LauncherReport:
         """The progress document once a step was reported."""
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANG_SECONDS
         while time.monotonic() < deadline:
             try:
                 if (report := self.report()).progress.step:

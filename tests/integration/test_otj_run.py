@@ -15,6 +15,7 @@ import pytest
 
 from otj_runtime.pod.metrics import read_metrics
 from otj_runtime.train.checkpoints import checkpoint_step
+from tests.integration.deadlines import HANG_SECONDS
 
 pytestmark = pytest.mark.integration
 
@@ -26,14 +27,14 @@ def otj_run(sample: str, run_dir: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen[str], *, deadline_s: float) -> str:
+def finish(process: subprocess.Popen[str]) -> str:
     """The output of a process that must end by itself."""
     try:
-        output, _ = process.communicate(timeout=deadline_s)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
-        pytest.fail(f"still running after {deadline_s} s:\n{output[-3000:]}")
+        pytest.fail(f"still running after {HANG_SECONDS:.0f} s:\n{output[-3000:]}")
     return output
 
 
@@ -43,13 +44,13 @@ def last_step(run_dir: Path) -> int:
     return lines[-1].step if lines else 0
 
 
-def wait_for_step(run_dir: Path, step: int, *, process: subprocess.Popen[str], deadline_s: float) -> None:
-    end = time.monotonic() + deadline_s
+def wait_for_step(run_dir: Path, step: int, *, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + HANG_SECONDS
     while time.monotonic() < end and process.poll() is None:
         if last_step(run_dir) >= step:
             return
         time.sleep(0.5)
-    pytest.fail(f"step {step} was not reached within {deadline_s} s; exit code {process.poll()}")
+    pytest.fail(f"step {step} was not reached within {HANG_SECONDS:.0f} s; exit code {process.poll()}")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def copy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     result = folder / "result.json"
     began = time.monotonic()
     process = otj_run("grpo-copy.yaml", folder / "run", "--result", str(result))
-    output = finish(process, deadline_s=400)
+    output = finish(process)
     print(f"grpo-copy took {time.monotonic() - began:.0f} s, start of vLLM included")
     assert process.returncode == 0, output[-5000:]
     return json.loads(result.read_text()), folder / "run", output
@@ -107,19 +108,19 @@ def troubled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, i
     """A run whose generator is killed, which is then stopped, and goes on: its folder, the step of its checkpoint, the last step."""
     run_dir = tmp_path_factory.mktemp("troubled") / "run"
     process = otj_run("grpo-copy.yaml", run_dir, "--set", "training.max_steps=400")
-    wait_for_step(run_dir, 3, process=process, deadline_s=120)
+    wait_for_step(run_dir, 3, process=process)
     [generator] = generators_of(process.pid)
     os.killpg(generator, signal.SIGKILL)
     lost = last_step(run_dir)
-    wait_for_step(run_dir, lost + 3, process=process, deadline_s=180)
+    wait_for_step(run_dir, lost + 3, process=process)
     process.send_signal(signal.SIGINT)
-    output = finish(process, deadline_s=90)
+    output = finish(process)
     checkpoints = sorted((run_dir / "output").glob("checkpoint-*"))
     assert len(checkpoints) == 1, output[-5000:]
     step = checkpoint_step(checkpoints[0])
     assert step is not None
     process = otj_run("grpo-copy.yaml", run_dir, "--set", f"training.max_steps={step + 3}")
-    output = finish(process, deadline_s=180)
+    output = finish(process)
     assert process.returncode == 0, output[-5000:]
     return run_dir, step, step + 3
 
@@ -136,24 +137,25 @@ def test_a_killed_generator_costs_no_step_and_comes_back_with_the_current_weight
 
 
 @pytest.mark.parametrize(
-    ("change", "reason", "words", "deadline_s"),
+    ("change", "reason", "words"),
     [
-        ("rewards=[{function: no_such_package.reward}]", "RewardImportFailed", "no_such_package", 60),
-        ("model={path: /no/such/model}", "ModelNotFound", "/no/such/model", 60),
-        ("dataset={path: /no/such/file.jsonl}", "DatasetInvalid", "/no/such/file.jsonl", 60),
+        ("rewards=[{function: no_such_package.reward}]", "RewardImportFailed", "no_such_package"),
+        ("model={path: /no/such/model}", "ModelNotFound", "/no/such/model"),
+        ("dataset={path: /no/such/file.jsonl}", "DatasetInvalid", "/no/such/file.jsonl"),
         # Only transformers knows its schedulers, so the ranks must have imported it, beside a vLLM that starts.
-        pytest.param("training.lr_scheduler_type=zigzag", "InvalidSpec", "zigzag", 180, marks=pytest.mark.nightly),
+        pytest.param("training.lr_scheduler_type=zigzag", "InvalidSpec", "zigzag", marks=pytest.mark.nightly),
     ],
 )
-def test_bad_input_ends_soon_with_its_own_reason(tmp_path: Path, change: str, reason: str, words: str, deadline_s: float) -> None:
+def test_bad_input_ends_before_the_first_step_with_its_own_reason(tmp_path: Path, change: str, reason: str, words: str) -> None:
     options = ["--set", change]
     if change.startswith("dataset"):
         options += ["--set", "rewards=[{function: otj_runtime.rewards.exact_match}]"]
     process = otj_run("grpo-copy.yaml", tmp_path / "run", *options)
-    output = finish(process, deadline_s=deadline_s)
+    output = finish(process)
     assert process.returncode != 0
     assert reason in output
     assert words in output
+    assert "step 1/" not in output
 
 
 def generators_of(parent: int) -> list[int]:

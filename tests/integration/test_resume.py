@@ -20,11 +20,10 @@ from otj_runtime.pod.metrics import read_metrics
 from otj_runtime.train.checkpoints import INCOMPLETE, complete_checkpoints, newest_checkpoint
 from otj_runtime.train.generator import Generator, pod_generator
 from tests.integration import conftest
+from tests.integration.deadlines import HANG_SECONDS
 from tests.integration.killable import train
 
 pytestmark = pytest.mark.integration
-
-DEADLINE = 120.0
 
 ARGUMENTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -58,7 +57,7 @@ def run(
     context.set_forkserver_preload(["tests.integration.killable"])
     process = context.Process(target=train, args=(str(tiny), str(output), ARGUMENTS | more, blow, generator))
     process.start()
-    process.join(DEADLINE)
+    process.join(HANG_SECONDS)
     process.kill()
     end = output / "end"
     return process.exitcode, end.read_text() if end.exists() else ""

@@ -23,11 +23,10 @@ from otj_runtime.launch import accelerate
 from otj_runtime.pod.config import resolve
 from otj_runtime.pod.metrics import read_metrics
 from tests.integration.conftest import VLLM_CACHE
+from tests.integration.deadlines import HANG_SECONDS
 from tests.unit.api.specs import changed
 
 pytestmark = pytest.mark.integration
-
-DEADLINE = 240.0
 
 DEEPSPEED = (pytest.mark.nightly, pytest.mark.deepspeed)
 
@@ -66,7 +65,7 @@ def train(tiny: Path, output: Path, strategy: dict[str, Any], arguments: dict[st
         arguments=[str(tiny), str(output), json.dumps(arguments)],
     )
     environment = os.environ | accelerate.environment(keys, threads=1) | {"VLLM_CACHE_ROOT": str(VLLM_CACHE)}
-    subprocess.run(command, env=environment, timeout=DEADLINE, check=True)
+    subprocess.run(command, env=environment, timeout=HANG_SECONDS, check=True)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_a_trl_script_trains_with_proven_syncs_and_reports_its_progress(tmp_path
     script = f'[python, /scripts/trl_grpo.py, --model, $(OTJ_MODEL_PATH), --max_steps, "{STEPS}"]'
     options = ("--volume", f"scripts={EXAMPLES}", "--set", f"trainer.command={script}", "--result", str(tmp_path / "result.json"))
     process = otj_run("trl-script.yaml", tmp_path / "run", *options)
-    output = finish(process, deadline_s=300)
+    output = finish(process)
     assert process.returncode == 0, output[-5000:]
     lines, _ = read_metrics(tmp_path / "run" / "output" / "metrics.jsonl")
     assert [line.step for line in lines] == list(range(1, STEPS + 1))

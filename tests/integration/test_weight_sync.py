@@ -39,6 +39,7 @@ from otj_runtime.weights.probe import EXACT_BOUND, random_sequences, trainer_sco
 from otj_runtime.weights.sync import WeightSync
 from otj_runtime.weights.tensors import policy_tensors
 from tests.integration.conftest import Generator
+from tests.integration.deadlines import HANG_SECONDS
 from tests.integration.models import VOCABULARY
 
 pytestmark = pytest.mark.integration
@@ -67,7 +68,12 @@ def _load(model: Path) -> Any:
 
 def _sync(server: Generator, model: Any, *, delta: bool = False) -> WeightSync:
     return WeightSync(
-        model=model, directory=Path(server.config.mailbox), control=server.control, dtype=DType.FLOAT32, ready_timeout_s=240.0, delta=delta
+        model=model,
+        directory=Path(server.config.mailbox),
+        control=server.control,
+        dtype=DType.FLOAT32,
+        ready_timeout_s=HANG_SECONDS,
+        delta=delta,
     )
 
 
@@ -200,7 +206,7 @@ def test_a_request_in_flight_goes_on_with_the_new_weights_and_each_token_names_t
             assert _proven(sync, version) <= EXACT_BOUND
     finally:
         over.set()
-        asking.join(timeout=120)
+        asking.join(timeout=HANG_SECONDS)
     spans = [choice["weight_versions"] for choice in choices]
     assert [row[-1]["end"] for row in spans] == [len(choice["token_ids"]) for choice in choices]
     for row in spans:
@@ -243,8 +249,8 @@ def test_when_the_engine_dies_the_call_that_it_was_to_answer_ends_and_the_server
         assert not waiting.done()
         os.kill(engine, signal.SIGKILL)
         with pytest.raises(WeightSyncFailed, match=r"/otj/install with 500: the engine has died"):
-            waiting.result(30)
-    tied_server.wait_ended(seconds=30)
+            waiting.result(HANG_SECONDS)
+    tied_server.wait_ended()
     tied_server.start()
 
 
@@ -313,7 +319,7 @@ def test_three_ranks_push_together(tied_server: Generator, tmp_path: Path, strat
         )
         for rank, output in enumerate(outputs)
     ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0, 0]
+    assert [rank.wait(timeout=HANG_SECONDS) for rank in ranks] == [0, 0, 0]
     seen = [json.loads(output.read_text()) for output in outputs]
     # Every rank gets the same report, and the same error where the probe failed.
     assert seen[0] == seen[1] == seen[2]
@@ -385,7 +391,7 @@ def _generate(
     parameters = {"n": count, "max_tokens": tokens, "temperature": temperature, "logprobs": 0, "output_kind": 2, "ignore_eos": True}
     body = json.dumps({"model": model, "token_ids": PROMPT, "sampling_params": parameters}).encode()
     request = urllib.request.Request(url + route, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with urllib.request.urlopen(request, timeout=HANG_SECONDS) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
 
