@@ -38,12 +38,12 @@ format: setup  ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Kubernetes and Helm are compiled, once per machine, before what shares the processors with the compilers: beside vLLM both starve.
 test: setup  ## Every test that needs no cluster: fast ones first, then those with real servers
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not integration and not e2e and not nightly'
 	$(BIN)/python -m tests.cluster.binaries
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-contract test-runs test-scripts
 
-# Kubernetes and Helm are compiled before them, once per machine: compilers beside vLLM starve both of the two processors.
 # Two of the three at a time: the first mostly waits for its API server, the others for processors, and the last begins when one of them ends.
 # Each in one process, because its tests share servers, and the last of the contract read in the API server's log what all of them did.
 test-contract: setup

@@ -83,6 +83,6 @@ def _build(scratch: Path) -> Path:
     return out
 
 
-if __name__ == "__main__":  # before tests that would share the processors with the compiler
+if __name__ == "__main__":
     binaries()
     helm()

@@ -23,6 +23,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otj"
 KUBECONFIG = STATE / "kubeconfig"
 LOGS = STATE / "log"
 MARKER = "OTJ_TEST_CLUSTER"
+START_SECONDS = 240.0
+"""How long a part of a cluster may take to come up: far more than it needs, because a test machine may be several times slower than its neighbour."""
 
 
 class ClusterError(RuntimeError):

@@ -21,6 +21,7 @@ from tests.cluster.host import (
     CACHE,
     KUBECONFIG,
     LOGS,
+    START_SECONDS,
     STATE,
     daemons,
     install_packages,
@@ -79,9 +80,9 @@ def up() -> None:
     _start_controllers(components)
     _import_pause(components / "pause")
     _start_kubelet(components)
-    wait_until("ready node", _node_is_ready, timeout_s=240, log=LOGS / "kubelet.log")
+    wait_until("ready node", _node_is_ready, timeout_s=START_SECONDS, log=LOGS / "kubelet.log")
     account = ("get", "serviceaccount", "default", "-n", "default")  # before it exists no pod is admitted
-    wait_until("default service account", lambda: kubectl(*account), timeout_s=240, log=LOGS / "controller-manager.log")
+    wait_until("default service account", lambda: kubectl(*account), timeout_s=START_SECONDS, log=LOGS / "controller-manager.log")
 
 
 def ctr(*arguments: str | Path, timeout_s: float = 60) -> str:
@@ -136,7 +137,7 @@ state = "{RUN}/containerd"
 """
     (STATE / "containerd.toml").write_text(config)
     start_daemon("containerd", "containerd", "-c", STATE / "containerd.toml")
-    wait_until("containerd", lambda: ctr("version"), timeout_s=240, log=LOGS / "containerd.log")
+    wait_until("containerd", lambda: ctr("version"), timeout_s=START_SECONDS, log=LOGS / "containerd.log")
     # The image store is kept, and with it the records of containers that the last cluster did not live to remove.
     if stale := ctr("containers", "list", "-q").split():
         ctr("containers", "remove", *stale)
@@ -194,7 +195,7 @@ def _start_api_server(components: Path) -> None:
         "--kubelet-preferred-address-types=InternalIP",  # names would need DNS, and logs and exec would fail
     )
     ready = "--request-timeout=3s"
-    wait_until("API server", lambda: kubectl("get", "--raw=/readyz", ready), timeout_s=240, log=LOGS / "apiserver.log")
+    wait_until("API server", lambda: kubectl("get", "--raw=/readyz", ready), timeout_s=START_SECONDS, log=LOGS / "apiserver.log")
 
 
 def _start_controllers(components: Path) -> None:

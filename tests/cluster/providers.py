@@ -20,6 +20,7 @@ from tests.cluster.host import (
     KUBECONFIG,
     LOGS,
     REPOSITORY,
+    START_SECONDS,
     STATE,
     ClusterError,
     daemon_ids,
@@ -121,7 +122,7 @@ def _start_device_plugin(folder: Path) -> None:
     if not daemon_ids("device-plugin"):
         program = (sys.executable, "-m", "tests.cluster.device_plugin", "--folder", folder, "--count", str(GPUS))
         start_daemon("device-plugin", *program, cwd=REPOSITORY)
-    wait_until(f"{GPUS} GPUs in the node's status", lambda: _gpus() == GPUS, timeout_s=240, log=LOGS / "device-plugin.log")
+    wait_until(f"{GPUS} GPUs in the node's status", lambda: _gpus() == GPUS, timeout_s=START_SECONDS, log=LOGS / "device-plugin.log")
 
 
 def _gpus() -> int:

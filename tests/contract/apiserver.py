@@ -21,10 +21,8 @@ from typing import Any
 
 from otj_runtime.pod.ports import free_ports
 from tests.cluster.binaries import binaries
-from tests.cluster.host import run, tool
+from tests.cluster.host import START_SECONDS, run, tool
 from tests.cluster.pki import make_certificates
-
-START_SECONDS = 240
 
 OPERATOR_ACCOUNT = "system:serviceaccount:online-training-system:online-training-operator"
 
@@ -148,4 +146,4 @@ def _wait_until_ready(url: str, folder: Path, process: subprocess.Popen[bytes]) 
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.2)
-    raise RuntimeError(f"kube-apiserver is not ready after {START_SECONDS} s:\n{(folder / 'kube-apiserver.log').read_text()[-3000:]}")
+    raise RuntimeError(f"kube-apiserver is not ready after {START_SECONDS:.0f} s:\n{(folder / 'kube-apiserver.log').read_text()[-3000:]}")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -69,13 +70,13 @@ def hang() -> None:
     """Ignore everything."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(CONFIG.output, "pid").write_text(str(os.getpid()))
-    time.sleep(600)
+    threading.Event().wait()  # for ever: a test that waits long enough must not see it end by itself
 
 
 def wrong_world() -> None:
     """Report another number of ranks than the job has, and go on."""
     report(current_step=1, total_steps=100, world_size=7)
-    time.sleep(600)
+    threading.Event().wait()
 
 
 if __name__ == "__main__":
